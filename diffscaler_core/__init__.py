@@ -1,0 +1,37 @@
+"""DiffScaler: many tiny tasks on one frozen diffusion model (method: arXiv:2404.09976)."""
+
+from .affiner import Affiner
+from .attach import Attachment, attach
+from .combine import combine_tasks, scale_task
+from .errors import DiffScalerError, MismatchError, TaskFileError, UnknownNameError
+from .families import FAMILIES, Family
+from .files import load_task, read_info, save_task
+from .methods import METHODS
+from .stack import AffinerStack
+from .targets import Target, find_targets
+from .task import TaskAdapter, new_task
+from .version import __version__
+
+__all__ = [
+    "FAMILIES",
+    "METHODS",
+    "Affiner",
+    "AffinerStack",
+    "Attachment",
+    "DiffScalerError",
+    "Family",
+    "MismatchError",
+    "Target",
+    "TaskAdapter",
+    "TaskFileError",
+    "UnknownNameError",
+    "__version__",
+    "attach",
+    "combine_tasks",
+    "find_targets",
+    "load_task",
+    "new_task",
+    "read_info",
+    "save_task",
+    "scale_task",
+]

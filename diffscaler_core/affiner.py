@@ -1,0 +1,323 @@
+"""One layer's affiner: the method's formula as pure functions, and one class that owns parameters.
+
+Knows no model. Method: DiffScaler (arXiv:2404.09976), in the form
+
+    y' = y + a ⊙ (y − b̂) + b + s · U · act(D x),    y = W x + b̂ the frozen layer's own output,
+
+which needs x and y only, never W, so that a quantised or offloaded W makes no difference.
+
+Letters, used in this file alone: a `scale`, b `shift`, D `down`, U `up`, s `gain`, b̂ the layer's own
+bias. Shapes: B batch, K tasks on one layer, R rank, C_in and C_out the layer's channels, k its kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import unknown
+
+PARTS = ("scale", "shift", "subspace")
+TENSORS = ("scale", "shift", "down", "up")
+#: The smallest value an activation lets through: act(z) = max(z, floor).
+ACTIVATIONS: dict[str, float] = {"relu": 0.0, "identity": -math.inf}
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class ConvGeometry(NamedTuple):
+    """How a convolution walks over its input; a Linear has none.
+
+    Attributes:
+        stride: One step per spatial dimension.
+        padding: One width per spatial dimension, or torch's "same" or "valid".
+        dilation: One spacing per spatial dimension.
+        padding_mode: "zeros", "circular", "reflect" or "replicate".
+        border: Widths for `F.pad`, last dimension first; used unless `padding_mode` is "zeros".
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    padding_mode: str = "zeros"
+    border: tuple[int, ...] = ()
+
+
+class Affiner(nn.Module):
+    """One layer's parameters for one task; any part may be absent.
+
+    Args:
+        scale: a, (C_out,), or None.
+        shift: b, (C_out,), or None.
+        down: D, (R, C_in) for a Linear, (R, C_in, *k) for a convolution, or None.
+        up: U, (C_out, R), or None. `down` and `up` come together.
+        activation: A name in ACTIVATIONS; "relu" is the paper's.
+        gain: s, a stored constant.
+        scale_includes_bias: True: the scale multiplies the frozen bias too (DiffFit's γ).
+    """
+
+    def __init__(
+        self,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        down: Tensor | None = None,
+        up: Tensor | None = None,
+        *,
+        activation: str = "relu",
+        gain: float = 1.0,
+        scale_includes_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise unknown("activation", activation, ACTIVATIONS)
+        for name, tensor in zip(TENSORS, (scale, shift, down, up), strict=True):
+            parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+            self.register_parameter(name, parameter)
+        self.activation = activation
+        self.gain = float(gain)
+        self.scale_includes_bias = scale_includes_bias
+
+    @property
+    def rank(self) -> int:
+        """R, or 0 without a subspace."""
+        return 0 if self.down is None else self.down.shape[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the parameters that are present, by their names in the file."""
+        present = ((name, getattr(self, name)) for name in TENSORS)
+        return {name: tensor for name, tensor in present if tensor is not None}
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        bias: Tensor | None = None,
+        geometry: ConvGeometry | None = None,
+        strength: float = 1.0,
+    ) -> Tensor:
+        """Returns the frozen layer's output, corrected for this task.
+
+        Args:
+            x: The layer's input, (..., C_in), or (B, C_in, *size) for a convolution.
+            y: The layer's output with its bias, (..., C_out) or (B, C_out, *size).
+            bias: b̂, (C_out,), or None for a layer without.
+            geometry: The convolution's geometry, None for a Linear.
+            strength: Dimensionless; 0 gives y itself, 1 the trained task.
+
+        Returns:
+            A tensor like y. y is not modified.
+        """
+        if strength == 0:
+            return y
+        weights = torch.full((1, len(PARTS)), float(strength), device=y.device)
+        folded = fold([self], weights, bias).to(y.device, y.dtype)
+        return apply_folded(x, y, folded, geometry)
+
+
+class Folded(NamedTuple):
+    """K affiners on one layer with their strengths, folded into one.
+
+    Attributes:
+        gain: Σ w a, (C_out,) or, with rows, (B, C_out); None if nothing scales.
+        offset: Σ (w b − w a b̂), same shape; None if nothing scales or shifts.
+        down: The Ds one below the other, (ΣR, C_in, *k), or None.
+        up: The w·s·U side by side, (C_out, ΣR); with rows s·U, as w is then in `mask`.
+        floor: (ΣR,) smallest value each hidden unit lets through; None: relu for all.
+        linear: True: no hidden unit has an activation, so `floor` need not be asked.
+        mask: With rows, (B, ΣR): what each row multiplies each hidden unit with.
+    """
+
+    gain: Tensor | None
+    offset: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
+    floor: Tensor | None
+    linear: bool
+    mask: Tensor | None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Folded:
+        """Returns the same on another device and in another dtype."""
+        return Folded(
+            *(t.to(device, dtype) if isinstance(t, Tensor) else t for t in self)  # type: ignore[arg-type]
+        )
+
+
+def fold(affiners: Sequence[Affiner], weights: Tensor, bias: Tensor | None) -> Folded:
+    """Returns K affiners of one layer as one, in float32 and differentiable.
+
+    The sum is parallel, y + Σ wₖ Δₖ(x, y), so the order of the affiners never matters. The bias is
+    folded into the offset once, so that the hot path never reads it (it may live elsewhere).
+
+    Args:
+        affiners: K affiners of the same layer.
+        weights: Strengths per task and part (PARTS order), (K, 3), or (B, K, 3) for rows.
+        bias: b̂ of the frozen layer, (C_out,), or None.
+    """
+    rows = weights.ndim == 3
+    weights = weights.float()
+    gain: Tensor | None = None
+    offset: Tensor | None = None
+    downs, ups, masks, floors = [], [], [], []
+    for k, affiner in enumerate(affiners):
+        w_scale, w_shift, w_subspace = weights[..., k, :, None].unbind(-2)  # (1,) or (B, 1)
+        if affiner.scale is not None:
+            scaled = w_scale * affiner.scale.float()
+            gain = scaled if gain is None else gain + scaled
+            if bias is not None and not affiner.scale_includes_bias:
+                unbiased = scaled * bias.float()
+                offset = -unbiased if offset is None else offset - unbiased
+        if affiner.shift is not None:
+            shifted = w_shift * affiner.shift.float()
+            offset = shifted if offset is None else offset + shifted
+        if affiner.down is not None and affiner.up is not None:
+            downs.append(affiner.down.float())
+            up = affiner.up.float() * affiner.gain
+            ups.append(up if rows else up * w_subspace)
+            masks.append(w_subspace.expand(-1, affiner.rank) if rows else None)
+            floors.append(torch.full((affiner.rank,), ACTIVATIONS[affiner.activation]))
+    kinds = {affiner.activation for affiner in affiners if affiner.rank}
+    return Folded(
+        gain=gain,
+        offset=offset,
+        down=torch.cat(downs) if downs else None,
+        up=torch.cat(ups, dim=1) if ups else None,
+        floor=torch.cat(floors).to(weights.device) if len(kinds) > 1 else None,
+        linear=kinds == {"identity"},
+        mask=torch.cat([m for m in masks if m is not None], dim=1) if rows and masks else None,
+    )
+
+
+def apply_folded(
+    x: Tensor,
+    y: Tensor,
+    folded: Folded,
+    geometry: ConvGeometry | None = None,
+    row_repeats: int = 1,
+) -> Tensor:
+    """Returns y + Σ wₖ Δₖ(x, y) from folded affiners, in y's dtype.
+
+    Args:
+        x: The layer's input, (..., C_in) or (B, C_in, *size).
+        y: The layer's output, (..., C_out) or (B, C_out, *size); not modified.
+        folded: From `fold`, on y's device and in y's dtype.
+        geometry: The convolution's geometry, None for a Linear.
+        row_repeats: With rows: how many consecutive leading entries of y belong to one row.
+    """
+    rows = folded.mask is not None or (folded.offset is not None and folded.offset.ndim == 2)
+    rows = rows or (folded.gain is not None and folded.gain.ndim == 2)
+    correction = _correction(x, y, folded, geometry, row_repeats if rows else 0)
+    if folded.gain is None:
+        return y if correction is None else y + correction
+    gain = _spread(folded.gain, y, geometry, row_repeats if rows else 0)
+    if y.dtype in (torch.float32, torch.float64):
+        if correction is None:
+            return y * (1 + gain)
+        return torch.addcmul(correction, y, 1 + gain)
+    # In 16 bits 1 + a would round |a| < 2⁻⁹ (bf16) away for every token alike: keep a by itself.
+    return torch.addcmul(y if correction is None else y + correction, y, gain)
+
+
+def _correction(
+    x: Tensor, y: Tensor, folded: Folded, geometry: ConvGeometry | None, row_repeats: int
+) -> Tensor | None:
+    """Returns what does not depend on y: the offset and the subspace; None if there is neither."""
+    offset = folded.offset
+    if folded.down is None or folded.up is None:
+        return None if offset is None else _spread(offset, y, geometry, row_repeats)
+    hidden = project_down(x.to(y.dtype), folded.down, geometry)
+    if folded.floor is not None:
+        hidden = torch.maximum(hidden, _spread(folded.floor, hidden, geometry, 0))
+    elif not folded.linear:
+        hidden = F.relu(hidden)
+    if not row_repeats:
+        return project_up(hidden, folded.up, offset, geometry)
+    if folded.mask is not None:
+        hidden = hidden * _spread(folded.mask, hidden, geometry, row_repeats)
+    correction = project_up(hidden, folded.up, None, geometry)
+    return correction if offset is None else correction + _spread(offset, y, geometry, row_repeats)
+
+
+def project_down(x: Tensor, down: Tensor, geometry: ConvGeometry | None = None) -> Tensor:
+    """Returns D x: (..., R), or (B, R, *size) by a convolution of the layer's own geometry."""
+    if geometry is None:
+        return F.linear(x, down)
+    padding = geometry.padding
+    if geometry.padding_mode != "zeros":
+        x = F.pad(x, geometry.border, mode=geometry.padding_mode)
+        padding = (0,) * len(geometry.stride)
+    convolve = _CONVOLUTIONS[down.ndim - 2]
+    return convolve(x, down, None, geometry.stride, padding, geometry.dilation)  # type: ignore[operator]
+
+
+def project_up(
+    hidden: Tensor, up: Tensor, offset: Tensor | None, geometry: ConvGeometry | None = None
+) -> Tensor:
+    """Returns U z + offset: (..., C_out), or (B, C_out, *size) by a 1×1 convolution."""
+    if geometry is None:
+        return F.linear(hidden, up, offset)
+    ones = (1,) * len(geometry.stride)
+    return _CONVOLUTIONS[len(ones)](hidden, up.view(*up.shape, *ones), offset)  # type: ignore[operator]
+
+
+def init_affiner(
+    parts: Sequence[str],
+    out_features: int,
+    in_features: int,
+    kernel: Sequence[int],
+    rank: int,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """Returns the tensors of a fresh affiner, which changes nothing: a = b = U = 0, D random.
+
+    D is Kaiming-uniform like torch's own layers. (D = 0 with U random would never train, as the
+    derivative of relu at 0 is 0.)
+
+    Args:
+        parts: Names among PARTS.
+        out_features: C_out.
+        in_features: C_in, of all groups together.
+        kernel: The convolution's kernel size, empty for a Linear.
+        rank: R of the subspace.
+        generator: Random source of D.
+    """
+    tensors: dict[str, Tensor] = {}
+    if "scale" in parts:
+        tensors["scale"] = torch.zeros(out_features)
+    if "shift" in parts:
+        tensors["shift"] = torch.zeros(out_features)
+    if "subspace" in parts:
+        bound = 1 / math.sqrt(in_features * math.prod(kernel))
+        down = torch.empty(rank, in_features, *kernel)
+        tensors["down"] = down.uniform_(-bound, bound, generator=generator)
+        tensors["up"] = torch.zeros(out_features, rank)
+    return tensors
+
+
+def affiner_from(tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> Affiner:
+    """Returns an affiner that shares these tensors, with a task's facts (activation, gain…)."""
+    return Affiner(
+        *(tensors.get(name) for name in TENSORS),
+        activation=str(facts.get("activation", "relu")),
+        gain=float(facts.get("gain", 1.0)),  # type: ignore[arg-type]
+        scale_includes_bias=bool(facts.get("scale_includes_bias", False)),
+    )
+
+
+def _spread(v: Tensor, y: Tensor, geometry: ConvGeometry | None, row_repeats: int) -> Tensor:
+    """Returns channel values (C,), or (B, C) with rows, shaped to broadcast against y."""
+    size = 0 if geometry is None else len(geometry.stride)
+    if not row_repeats:
+        return v.view(-1, *(1,) * size)
+    if row_repeats > 1:
+        v = v.repeat_interleave(row_repeats, dim=0)
+    if geometry is not None:
+        return v.view(*v.shape, *(1,) * size)
+    if y.shape[0] == 1 < v.shape[0]:  # one flat run of tokens, row after row
+        return v.unsqueeze(0)
+    return v.view(v.shape[0], *(1,) * (y.ndim - 2), v.shape[1])

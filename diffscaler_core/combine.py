@@ -1,0 +1,196 @@
+"""Several tasks to one, and one task to a weaker or stronger one. Exact; no model needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .affiner import PARTS
+from .errors import DiffScalerError, unknown
+from .targets import pattern_value
+from .task import TaskAdapter
+
+#: Which part's strength multiplies which tensor; U carries the subspace's.
+_PART_OF = {"scale": "scale", "shift": "shift", "up": "subspace"}
+
+
+def combine_tasks(
+    tasks: Sequence[TaskAdapter], weights: Sequence[float] | None = None, name: str | None = None
+) -> TaskAdapter:
+    """Returns one task that does what `tasks` do together at these strengths; exact.
+
+    Scales and shifts add, subspaces concatenate their ranks. Where relu and identity meet, the
+    identity subspace is written as relu(z) − relu(−z), at twice its rank.
+
+    Args:
+        tasks: One or more tasks of the same base.
+        weights: Strength of each; default 1.
+        name: The new task's name; default: the names joined by "+".
+
+    Raises:
+        DiffScalerError: No task, another number of weights, other shapes, or scales that treat the
+            frozen bias differently.
+    """
+    weights = [1.0] * len(tasks) if weights is None else list(weights)
+    if not tasks or len(tasks) != len(weights):
+        raise DiffScalerError(
+            f"{len(tasks)} tasks and {len(weights)} weights: need as many of each"
+        )
+    _check_alike(tasks)
+    relu = any(_activation(task) == "relu" for task in tasks)
+    layers: dict[str, dict[str, Tensor]] = {}
+    for task, weight in zip(tasks, weights, strict=True):
+        gain = float(task.info.get("gain", 1.0))
+        for layer, tensors in task.layers.items():
+            own = _scaled(tensors, dict.fromkeys(PARTS, weight))
+            if "up" in own:
+                own["up"] = own["up"] * gain
+                if relu and _activation(task) == "identity":
+                    own["down"] = torch.cat([own["down"], -own["down"]])
+                    own["up"] = torch.cat([own["up"], -own["up"]], dim=1)
+            layers[layer] = _added(layer, layers.get(layer), own)
+    info = _combined_info(tasks, weights, name, "relu" if relu else "identity")
+    conditioning, prompts = _combined_prompts(tasks)
+    extras = {k: v for task in tasks for k, v in task.extras.items()} if len(tasks) == 1 else {}
+    return TaskAdapter(layers, {**info, **prompts}, conditioning, {}, extras)
+
+
+def scale_task(
+    task: TaskAdapter,
+    strength: float = 1.0,
+    *,
+    parts: Mapping[str, float] | None = None,
+    layers: Mapping[str, float] | None = None,
+) -> TaskAdapter:
+    """Returns a task whose trained effect is multiplied: as a whole, per part, per layer.
+
+    Args:
+        task: The task; stays as it is.
+        strength: Multiplies everything.
+        parts: {part: factor} for "scale", "shift", "subspace"; absent parts 1.
+        layers: {pattern: factor}, the first pattern that matches a layer's module name (a regular
+            expression for the whole name, or a name ending) decides; no match: 1.
+
+    Raises:
+        UnknownNameError: No such part.
+        DiffScalerError: A pattern matches no layer.
+    """
+    for part in parts or {}:
+        if part not in PARTS:
+            raise unknown("part", part, PARTS)
+    _check_patterns(task, layers)
+    factors = {part: strength * (parts or {}).get(part, 1.0) for part in PARTS}
+    scaled: dict[str, dict[str, Tensor]] = {}
+    for layer, tensors in task.layers.items():
+        own = pattern_value(layer.partition(".")[2], layers, 1.0)
+        scaled[layer] = _scaled(tensors, {part: f * own for part, f in factors.items()})
+    return task.replace(layers=scaled)
+
+
+def _scaled(tensors: Mapping[str, Tensor], factors: Mapping[str, float]) -> dict[str, Tensor]:
+    return {
+        name: t
+        if name not in _PART_OF or factors[_PART_OF[name]] == 1.0
+        # in float32, so that a weak task in 16 bits does not lose its last digits
+        else t.float() * factors[_PART_OF[name]]
+        for name, t in tensors.items()
+    }
+
+
+def _added(
+    layer: str, old: Mapping[str, Tensor] | None, new: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    if old is None:
+        return dict(new)
+    summed = {**old, **new}
+    try:
+        for name in ("scale", "shift"):
+            if name in old and name in new:
+                summed[name] = old[name].float() + new[name].float()
+        if "down" in old and "down" in new:
+            summed["down"] = torch.cat([old["down"].float(), new["down"].float()])
+            summed["up"] = torch.cat([old["up"].float(), new["up"].float()], dim=1)
+    except RuntimeError as error:
+        raise DiffScalerError(f"the tasks have other shapes at {layer!r}: {error}") from error
+    for name in ("shift", "up"):
+        if "scale" in summed and name in summed and len(summed[name]) != len(summed["scale"]):
+            raise DiffScalerError(f"the tasks have other widths at {layer!r}; same base needed")
+    return summed
+
+
+def _check_alike(tasks: Sequence[TaskAdapter]) -> None:
+    families = {str((task.info.get("base") or {}).get("family")) for task in tasks if task.layers}
+    if len(families) > 1:
+        raise DiffScalerError(f"tasks of different bases cannot be combined: {sorted(families)}")
+    with_scale = [t for t in tasks if any("scale" in tensors for tensors in t.layers.values())]
+    if len({bool(task.info.get("scale_includes_bias")) for task in with_scale}) > 1:
+        raise DiffScalerError(
+            "one task's scale multiplies the frozen bias (DiffFit), another's does not: "
+            "their sum is no task without knowing the bias; stack them instead"
+        )
+
+
+def _check_patterns(task: TaskAdapter, layers: Mapping[str, float] | None) -> None:
+    names = [layer.partition(".")[2] for layer in task.layers]
+    for pattern in layers or {}:
+        if not any(pattern_value(name, {pattern: True}, False) for name in names):
+            raise DiffScalerError(
+                f"pattern {pattern!r} matches none of the {len(names)} layers of task "
+                f"{task.name!r}, for example {', '.join(names[:2]) or 'none'}"
+            )
+
+
+def _combined_info(
+    tasks: Sequence[TaskAdapter], weights: Sequence[float], name: str | None, activation: str
+) -> dict[str, Any]:
+    methods = list(dict.fromkeys(str(task.info.get("method", "diffscaler")) for task in tasks))
+    layered = [task for task in tasks if task.layers] or list(tasks)
+    parts = dict.fromkeys(p for task in tasks for p in task.info.get("parts", ()))
+    return {
+        **layered[0].info,
+        "name": name or "+".join(task.name for task in tasks),
+        "method": methods[0] if len(methods) == 1 else "diffscaler",
+        "parts": list(parts),
+        "activation": activation,
+        "gain": 1.0,
+        "scale_includes_bias": any(task.info.get("scale_includes_bias") for task in tasks),
+        "combined_from": [
+            {"name": task.name, "weight": weight}
+            for task, weight in zip(tasks, weights, strict=True)
+        ],
+        "training": None,
+    }
+
+
+def _combined_prompts(tasks: Sequence[TaskAdapter]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns all stored prompts under their own names, or those of the first if they do not fit."""
+    stored = [task for task in tasks if "context" in task.conditioning]
+    if not stored:
+        return {}, {"prompts": []}
+    keys = stored[0].conditioning.keys()
+    alike = all(
+        task.conditioning.keys() == keys
+        and all(
+            t.shape[1:] == stored[0].conditioning[k].shape[1:] for k, t in task.conditioning.items()
+        )
+        for task in stored
+    )
+    stored = stored if alike else stored[:1]
+    names: dict[str, tuple[TaskAdapter, int]] = {}
+    for task in stored:
+        for i, prompt in enumerate(task.prompts):
+            names.setdefault(prompt, (task, i))
+    tensors = {
+        key: torch.stack([task.conditioning[key][i].float() for task, i in names.values()])
+        for key in keys
+    }
+    return tensors, {"prompts": list(names)}
+
+
+def _activation(task: TaskAdapter) -> str:
+    """The activation of a task's subspaces; a task without any does not care, so "identity"."""
+    has_subspace = any("down" in tensors for tensors in task.layers.values())
+    return str(task.info.get("activation", "relu")) if has_subspace else "identity"

@@ -1,0 +1,41 @@
+"""What can go wrong, and nothing else.
+
+    DiffScalerError (ValueError)   anything this project refuses to do; the message says what to do instead
+    ├── TaskFileError              a file that is not a task file, is broken, or has an unknown version
+    ├── MismatchError              a task that does not fit the model it met
+    └── UnknownNameError           a method, preset, family, activation or task nobody knows
+
+They derive from ValueError, so that code that cannot import this package can still catch them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class DiffScalerError(ValueError):
+    """Anything DiffScaler refuses to do."""
+
+
+class TaskFileError(DiffScalerError):
+    """A file that is not a task file, is broken, or has an unknown version."""
+
+
+class MismatchError(DiffScalerError):
+    """A task that does not fit the model it met."""
+
+
+class UnknownNameError(DiffScalerError):
+    """A name that is in none of the tables."""
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:
+    """Returns the error for a `name` of some `kind` that is not among `known`."""
+    return UnknownNameError(f"unknown {kind} {name!r}; known: {', '.join(known) or 'none'}")
+
+
+def first_names(names: Iterable[str], count: int = 3) -> str:
+    """Returns the first names quoted, and how many more there are: `'a', 'b' and 5 more`."""
+    ordered = list(names)
+    shown = ", ".join(repr(name) for name in ordered[:count])
+    return shown + (f" and {len(ordered) - count} more" if len(ordered) > count else "")

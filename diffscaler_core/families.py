@@ -1,0 +1,248 @@
+"""FAMILIES: what each architecture does its own way. Data only: nothing of a host is imported.
+
+Read off diffusers' sources, one row per denoiser class that the project knows by name. A model that is in
+no row can still carry tasks: the rows are asked only for what cannot be seen on the model itself.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from .errors import unknown
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    Attributes:
+        name: Its short name, as files say it.
+        title: Its name for people.
+        classes: diffusers' denoiser classes.
+        embed: Path of the patch embedding (its output receives control tokens).
+        tokens: What that layer sees: "nchw" latents, "ncfhw" video latents, "packed2" (2×2 latents
+            packed to a token by the pipeline), "patchified" (cut into patches by the model itself),
+            "packed" (one latent a token), "list" (a list of samples, tokens one after the other).
+        objective: "flow" (noise − data), "flow_reversed" (data − noise), "epsilon" or "v".
+        learned_sigma: True: the second half of the output channels is a variance; train on the first.
+        timestep_scale: What the model's timestep is at full noise (1000 or 1).
+        guidance: How the pipeline runs classifier-free guidance: "uncond_first" or "cond_first"
+            (one doubled batch), "two_calls", or "none" (distilled).
+        row_layouts: Pattern of target names -> "fold" or "flat", for layers whose first
+            dimension is not the batch (see `stack.AffinerStack`).
+        modelspec: ModelSpec's architecture identifier, where one is registered.
+    """
+
+    name: str
+    title: str
+    classes: tuple[str, ...]
+    embed: str
+    tokens: str = "nchw"
+    objective: str = "flow"
+    learned_sigma: bool = False
+    timestep_scale: float = 1000.0
+    guidance: str = "uncond_first"
+    row_layouts: dict[str, str] = field(default_factory=dict)
+    modelspec: str = ""
+
+
+_ROWS = (
+    Family(
+        "sd3",
+        "Stable Diffusion 3 / 3.5",
+        ("SD3Transformer2DModel",),
+        "pos_embed.proj",
+        modelspec="stable-diffusion-v3",
+    ),
+    Family(
+        "flux",
+        "FLUX.1",
+        ("FluxTransformer2DModel",),
+        "x_embedder",
+        tokens="packed2",
+        timestep_scale=1.0,
+        guidance="two_calls",
+        modelspec="flux-1-dev",
+    ),
+    Family(
+        "flux2",
+        "FLUX.2",
+        ("Flux2Transformer2DModel",),
+        "x_embedder",
+        tokens="packed",
+        timestep_scale=1.0,
+        guidance="two_calls",
+        modelspec="flux-2",
+    ),
+    Family(
+        "pixart",
+        "PixArt-α / Σ",
+        ("PixArtTransformer2DModel",),
+        "pos_embed.proj",
+        objective="epsilon",
+        learned_sigma=True,
+        modelspec="pixart",
+    ),
+    Family(
+        "dit",
+        "DiT",
+        ("DiTTransformer2DModel",),
+        "pos_embed.proj",
+        objective="epsilon",
+        learned_sigma=True,
+        guidance="cond_first",
+        modelspec="dit",
+    ),
+    Family(
+        "sana",
+        "Sana",
+        ("SanaTransformer2DModel",),
+        "patch_embed.proj",
+        modelspec="sana",
+    ),
+    Family(
+        "lumina2",
+        "Lumina Image 2",
+        ("Lumina2Transformer2DModel",),
+        "x_embedder",
+        tokens="patchified",
+        objective="flow_reversed",
+        timestep_scale=1.0,
+        guidance="two_calls",
+        modelspec="lumina-2",
+    ),
+    Family(
+        "z_image",
+        "Z-Image",
+        ("ZImageTransformer2DModel",),
+        "all_x_embedder.2-1",
+        tokens="list",
+        objective="flow_reversed",
+        timestep_scale=1.0,
+        guidance="cond_first",
+        modelspec="z-image",
+    ),
+    Family(
+        "qwen_image",
+        "Qwen-Image",
+        ("QwenImageTransformer2DModel",),
+        "img_in",
+        tokens="packed2",
+        timestep_scale=1.0,
+        guidance="two_calls",
+        modelspec="qwen-image",
+    ),
+    Family(
+        "hunyuan_dit",
+        "Hunyuan-DiT",
+        ("HunyuanDiT2DModel",),
+        "pos_embed.proj",
+        objective="v",
+        learned_sigma=True,
+        modelspec="hunyuan-dit",
+    ),
+    Family(
+        "auraflow",
+        "AuraFlow",
+        ("AuraFlowTransformer2DModel",),
+        "pos_embed.proj",
+        tokens="patchified",
+        timestep_scale=1.0,
+        modelspec="auraflow",
+    ),
+    Family(
+        "cogvideox",
+        "CogVideoX",
+        ("CogVideoXTransformer3DModel",),
+        "patch_embed.proj",
+        tokens="ncfhw",
+        objective="v",
+        row_layouts={r"patch_embed\.proj": "fold"},
+        modelspec="cogvideox",
+    ),
+    Family(
+        "wan",
+        "Wan 2.1 / 2.2",
+        ("WanTransformer3DModel",),
+        "patch_embedding",
+        tokens="ncfhw",
+        guidance="two_calls",
+        modelspec="wan-2",
+    ),
+    Family(
+        "ltx_video",
+        "LTX-Video",
+        ("LTXVideoTransformer3DModel",),
+        "proj_in",
+        tokens="packed",
+        modelspec="ltx-video",
+    ),
+    Family(
+        "hunyuan_video",
+        "HunyuanVideo",
+        ("HunyuanVideoTransformer3DModel",),
+        "x_embedder.proj",
+        tokens="ncfhw",
+        guidance="none",
+        modelspec="hunyuan-video",
+    ),
+    Family(
+        "chroma",
+        "Chroma",
+        ("ChromaTransformer2DModel",),
+        "x_embedder",
+        tokens="packed2",
+        timestep_scale=1.0,
+        guidance="two_calls",
+        modelspec="chroma",
+    ),
+    Family(
+        "hidream",
+        "HiDream",
+        ("HiDreamImageTransformer2DModel",),
+        "x_embedder.proj",
+        tokens="patchified",
+        modelspec="hidream-i1",
+    ),
+    Family(
+        "unet2d_condition",
+        "Stable Diffusion 1.x / 2.x / XL",
+        ("UNet2DConditionModel",),
+        "conv_in",
+        objective="epsilon",
+        modelspec="stable-diffusion",
+    ),
+    Family(
+        "unet2d",
+        "unconditional U-Net",
+        ("UNet2DModel",),
+        "conv_in",
+        objective="epsilon",
+        guidance="none",
+        modelspec="unet",
+    ),
+)
+FAMILIES: dict[str, Family] = {family.name: family for family in _ROWS}
+
+
+def family_of(class_name: str) -> Family:
+    """Returns the family whose denoiser class has that name.
+
+    Raises:
+        UnknownNameError: No family has it; the message lists the classes there are.
+    """
+    for family in _ROWS:
+        if class_name in family.classes:
+            return family
+    raise unknown("denoiser class", class_name, [c for f in _ROWS for c in f.classes])
+
+
+def row_layout(class_name: str, target: str) -> str:
+    """Returns how the batch lies in a target's leading dimensions: "batch", "fold" or "flat"."""
+    for family in _ROWS:
+        if class_name in family.classes:
+            for pattern, layout in family.row_layouts.items():
+                if re.fullmatch(pattern, target):
+                    return layout
+    return "batch"

@@ -1,0 +1,206 @@
+"""TaskAdapter: everything one task knows. Plain tensors and facts; no model, no file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .affiner import init_affiner
+from .errors import DiffScalerError, UnknownNameError, unknown
+from .families import family_of
+from .methods import METHODS
+from .targets import Target, component_of, find_targets, pattern_value
+
+Layers = Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class TaskAdapter:
+    """All affiners of one task, and the facts about it. Immutable; compare by identity.
+
+    Attributes:
+        layers: "<component>.<module>" -> {"scale", "shift", "down", "up"}, absent parts absent.
+            Shapes: scale and shift (C_out,), down (R, C_in, *kernel), up (C_out, R).
+        info: The facts that travel in the file's `diffscaler.config` (name, method, activation,
+            gain, base, training, …).
+        conditioning: Stored prompts, so that the task runs without a text encoder: "context"
+            (N, L, D) and, where the family has one, "pooled" (N, P); `info["prompts"]` names the N.
+        modelspec: Stability ModelSpec entries without their prefix (title, author, thumbnail, …).
+        extras: Further tensors under the file's reserved prefixes (`control.…`).
+    """
+
+    layers: Layers
+    info: Mapping[str, Any] = field(default_factory=dict)
+    conditioning: Mapping[str, Tensor] = field(default_factory=dict)
+    modelspec: Mapping[str, str] = field(default_factory=dict)
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Freezes the mappings, so that a task shared by many models cannot change under them."""
+        layers = {name: MappingProxyType(dict(t)) for name, t in self.layers.items()}
+        object.__setattr__(self, "layers", MappingProxyType(layers))
+        for part in ("info", "conditioning", "modelspec", "extras"):
+            object.__setattr__(self, part, MappingProxyType(dict(getattr(self, part))))
+
+    @property
+    def name(self) -> str:
+        """The task's own name."""
+        return str(self.info.get("name", "task"))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor the task holds."""
+        layered = [t for layer in self.layers.values() for t in layer.values()]
+        return layered + list(self.conditioning.values()) + list(self.extras.values())
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the affiners hold (stored prompts not counted)."""
+        return sum(t.numel() for layer in self.layers.values() for t in layer.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, stored prompts included."""
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The pipeline components the task adapts, such as ("transformer",)."""
+        return tuple(dict.fromkeys(name.partition(".")[0] for name in self.layers))
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Names of the stored prompts, in order."""
+        return tuple(self.info.get("prompts", ()))
+
+    def component_layers(self, component: str) -> Layers:
+        """Returns the layers of one component, under their module names."""
+        prefix = component + "."
+        return {n[len(prefix) :]: t for n, t in self.layers.items() if n.startswith(prefix)}
+
+    def prompt(self, name: str | None = None) -> tuple[Tensor, Tensor | None]:
+        """Returns one stored prompt as (context (1, L, D), pooled (1, P) or None).
+
+        Args:
+            name: One of `prompts`; None: the first.
+
+        Raises:
+            DiffScalerError: The task stores no prompts.
+            UnknownNameError: It stores none of that name.
+        """
+        context = self.conditioning.get("context")
+        if context is None:
+            raise DiffScalerError(f"task {self.name!r} stores no prompt; use a text encoder")
+        if name is not None and name not in self.prompts:
+            raise unknown(f"stored prompt of task {self.name!r}:", name, map(repr, self.prompts))
+        i = 0 if name is None else self.prompts.index(name)
+        pooled = self.conditioning.get("pooled")
+        return context[i : i + 1], None if pooled is None else pooled[i : i + 1]
+
+    def replace(self, **changes: Any) -> TaskAdapter:
+        """Returns a copy with other attributes."""
+        return replace(self, **changes)
+
+    def with_info(self, **facts: Any) -> TaskAdapter:
+        """Returns a copy with some facts changed or added."""
+        return replace(self, info={**self.info, **facts})
+
+
+def new_task(
+    model: nn.Module,
+    method: str = "diffscaler",
+    rank: int = 8,
+    targets: str | Sequence[str] = "blocks",
+    name: str = "task",
+    *,
+    exclude: str | Sequence[str] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    gain: float = 1.0,
+    component: str | None = None,
+    seed: int = 0,
+) -> TaskAdapter:
+    """Returns a task that changes nothing yet: attach it, train it, save it.
+
+    Args:
+        model: The frozen denoiser (a diffusers model, or any module with such layers).
+        method: A name in METHODS.
+        rank: R of every subspace; capped per layer by the layer's smaller dimension.
+        targets: A preset, a regular expression, or a list of names; see `find_targets`.
+        name: The task's name.
+        exclude: Targets to leave out; a regular expression or a list of names.
+        rank_pattern: Other ranks for some targets: {pattern: rank}; rank 0 leaves the subspace out.
+        gain: s, the subspace's stored constant.
+        component: "transformer", "unet", …; default by the model's class.
+        seed: Seed of the random D.
+
+    Raises:
+        UnknownNameError: No such method.
+        DiffScalerError: No layer matches, or a rank is not positive.
+    """
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
+    if rank < 1:
+        raise DiffScalerError(f"rank must be at least 1, got {rank}")
+    chosen = METHODS[method]
+    component = component or component_of(model)
+    generator = torch.Generator().manual_seed(seed)
+    found = find_targets(model, targets, exclude=exclude) if chosen.parts else ()
+    layers: dict[str, dict[str, Tensor]] = {}
+    ranks: dict[str, int] = {}
+    for target in found:
+        own_rank = _rank_of(target, rank, rank_pattern)
+        parts = [p for p in chosen.parts_for(target.name) if p != "subspace" or own_rank]
+        if parts:
+            layers[f"{component}.{target.name}"] = init_affiner(
+                parts, target.out_features, target.in_features, target.kernel, own_rank, generator
+            )
+            ranks[target.name] = own_rank if "subspace" in parts else 0
+    info = {
+        "name": name,
+        "method": method,
+        "parts": list(dict.fromkeys([*chosen.only, *chosen.parts])),
+        "activation": chosen.activation,
+        "gain": gain,
+        "scale_includes_bias": chosen.scale_includes_bias,
+        "ranks": {"default": rank, **{n: r for n, r in ranks.items() if r not in (rank, 0)}},
+        "base": base_facts(model, [t for t in found if f"{component}.{t.name}" in layers]),
+        "naming": "diffusers",
+    }
+    return TaskAdapter(layers, info)
+
+
+def base_facts(model: nn.Module, targets: Sequence[Target]) -> dict[str, Any]:
+    """Returns what a task remembers of its base: family, class, fingerprint of target shapes."""
+    try:
+        family = family_of(type(model).__name__).name
+    except UnknownNameError:
+        family = "unknown"
+    shapes = {target.name: target.shape for target in targets}
+    return {
+        "family": family,
+        "class": type(model).__name__,
+        "fingerprint": fingerprint(shapes),
+        "targets": len(shapes),
+    }
+
+
+def fingerprint(shapes: Mapping[str, Sequence[int]]) -> str:
+    """Returns 16 hex digits that change with any name or shape of the targets."""
+    lines = sorted(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _rank_of(target: Target, rank: int, pattern: Mapping[str, int] | None) -> int:
+    wanted = pattern_value(target.name, pattern, rank)
+    if wanted < 0:
+        raise DiffScalerError(f"rank of {target.name!r} must not be negative, got {wanted}")
+    size = target.in_features
+    for length in target.kernel:
+        size *= length
+    return int(min(wanted, size, target.out_features))
