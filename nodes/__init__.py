@@ -1,0 +1,39 @@
+"""The node pack: everything that imports ComfyUI.
+
+To add a node, write its file and one line in NODES.
+"""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .apply_task import DiffScalerApplyTask
+from .combine_tasks import DiffScalerCombineTasks
+from .folders import register_folder
+from .load_task import DiffScalerLoadTask
+from .save_task import DiffScalerSaveTask
+from .scale_task import DiffScalerScaleTask
+from .stack_tasks import DiffScalerStackTasks
+from .task_conditioning import DiffScalerTaskConditioning
+from .task_info import DiffScalerTaskInfo
+
+NODES: list[type[io.ComfyNode]] = [
+    DiffScalerLoadTask,
+    DiffScalerApplyTask,
+    DiffScalerStackTasks,
+    DiffScalerScaleTask,
+    DiffScalerCombineTasks,
+    DiffScalerTaskInfo,
+    DiffScalerSaveTask,
+    DiffScalerTaskConditioning,
+]
+
+
+class DiffScalerExtension(ComfyExtension):
+    """What ComfyUI asks for the pack's nodes."""
+
+    async def on_load(self) -> None:
+        """Registers the model folder before any node looks into it."""
+        register_folder()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Returns the node classes."""
+        return list(NODES)

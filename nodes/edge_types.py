@@ -1,0 +1,7 @@
+"""What runs along our edges, and where our nodes appear in the menu."""
+
+from comfy_api.latest import io
+
+CATEGORY = "DiffScaler"
+
+Task = io.Custom("DIFFSCALER_TASK")

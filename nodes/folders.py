@@ -1,0 +1,46 @@
+"""Tells ComfyUI where task files live."""
+
+import contextlib
+import os
+
+import folder_paths
+
+from ..diffscaler_core import DiffScalerError
+
+FOLDER = "diffscaler"
+
+
+def register_folder() -> None:
+    """Registers models/diffscaler and output/diffscaler, for `.safetensors` files only.
+
+    The output folder is listed too, so that a task trained or saved here can be loaded at once.
+    Entries that extra_model_paths.yaml made under the same name stay in front.
+    """
+    models = os.path.join(folder_paths.models_dir, FOLDER)
+    with contextlib.suppress(
+        OSError
+    ):  # a read-only model store is fine, it only has no place to put files
+        os.makedirs(models, exist_ok=True)
+    for path in (models, os.path.join(folder_paths.get_output_directory(), FOLDER)):
+        folder_paths.add_model_folder_path(FOLDER, path)
+    paths, _ = folder_paths.folder_names_and_paths[FOLDER]
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, {".safetensors"})
+
+
+def new_task_path(filename_prefix: str) -> tuple[str, str]:
+    """Returns the next free file for a name below the output folder: its path, and how to show it.
+
+    Raises:
+        DiffScalerError: The prefix names no file, or one outside the output folder.
+    """
+    output = folder_paths.get_output_directory()
+    prefix = filename_prefix.strip().replace("\\", "/").removesuffix(".safetensors")
+    target = os.path.normpath(os.path.join(output, prefix))
+    if not os.path.basename(prefix).strip(".") or not folder_paths.is_within_directory(output, target):
+        raise DiffScalerError(
+            f"filename_prefix {filename_prefix!r} names no file below ComfyUI's output folder; "
+            f"write a name such as 'diffscaler/flowers'"
+        )
+    folder, name, number, subfolder, _ = folder_paths.get_save_image_path(prefix, output)
+    file = f"{name}_{number:05}_.safetensors"
+    return os.path.join(folder, file), os.path.join(subfolder, file)
