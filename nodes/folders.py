@@ -36,7 +36,9 @@ def new_task_path(filename_prefix: str) -> tuple[str, str]:
     output = folder_paths.get_output_directory()
     prefix = filename_prefix.strip().replace("\\", "/").removesuffix(".safetensors")
     target = os.path.normpath(os.path.join(output, prefix))
-    if not os.path.basename(prefix).strip(".") or not folder_paths.is_within_directory(output, target):
+    if not os.path.basename(prefix).strip(".") or not folder_paths.is_within_directory(
+        output, target
+    ):
         raise DiffScalerError(
             f"filename_prefix {filename_prefix!r} names no file below ComfyUI's output folder; "
             f"write a name such as 'diffscaler/flowers'"

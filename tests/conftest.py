@@ -62,13 +62,13 @@ def comfy_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def comfy(comfyui_path: Path, comfy_base: Path) -> ModuleType:
-    """ComfyUI in this process, on the CPU: its `nodes` module; `import comfy...` works afterwards."""
+    """ComfyUI in this process, on the CPU: its `nodes` module; `import comfy...` works."""
     return comfy_launch.boot(comfyui_path, ["--cpu", *comfy_host.base_directory(comfy_base)])
 
 
 @pytest.fixture(scope="session")
 def pack(comfy: ModuleType, comfy_base: Path) -> ModuleType:
-    """This repository as a node pack, loaded by ComfyUI's own loader: `pack.nodes`, `pack.diffscaler_core`."""
+    """This repository as ComfyUI's own loader loads it: `pack.nodes`, `pack.diffscaler_core`."""
     return comfy_launch.load_pack(comfy_base / "custom_nodes" / "diffscaler")
 
 
