@@ -6,28 +6,30 @@ Knows no model. Method: DiffScaler (arXiv:2404.09976), in the form
 
 which needs x and y only, never W, so that a quantised or offloaded W makes no difference.
 
-Letters, used in this file alone: a `scale`, b `shift`, D `down`, U `up`, s `gain`, b̂ the layer's own
-bias. Shapes: B batch, K tasks on one layer, R rank, C_in and C_out the layer's channels, k its kernel.
+Letters, used in this file alone: a `scale`, b `shift`, D `down`, U `up`, s `gain`, b̂ the layer's
+own bias. Shapes: B batch, K tasks on one layer, R rank, C_in and C_out the layer's channels, k its
+kernel.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import unknown
+from .errors import DiffScalerError, unknown
 
 PARTS = ("scale", "shift", "subspace")
 TENSORS = ("scale", "shift", "down", "up")
 #: The smallest value an activation lets through: act(z) = max(z, floor).
 ACTIVATIONS: dict[str, float] = {"relu": 0.0, "identity": -math.inf}
 
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_LARGEST_HALF = 65504.0  # of float16
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class ConvGeometry(NamedTuple):
@@ -59,7 +61,16 @@ class Affiner(nn.Module):
         activation: A name in ACTIVATIONS; "relu" is the paper's.
         gain: s, a stored constant.
         scale_includes_bias: True: the scale multiplies the frozen bias too (DiffFit's γ).
+
+    Raises:
+        UnknownNameError: No such activation.
+        DiffScalerError: `down` without `up`, or `up` without `down`.
     """
+
+    scale: Tensor | None
+    shift: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
 
     def __init__(
         self,
@@ -75,6 +86,8 @@ class Affiner(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise unknown("activation", activation, ACTIVATIONS)
+        if (down is None) != (up is None):
+            raise DiffScalerError("an affiner's down and up come together; one is missing")
         for name, tensor in zip(TENSORS, (scale, shift, down, up), strict=True):
             parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
             self.register_parameter(name, parameter)
@@ -115,9 +128,9 @@ class Affiner(nn.Module):
         """
         if strength == 0:
             return y
-        weights = torch.full((1, len(PARTS)), float(strength), device=y.device)
-        folded = fold([self], weights, bias).to(y.device, y.dtype)
-        return apply_folded(x, y, folded, geometry)
+        weights = torch.full((1, len(PARTS)), strength, dtype=_wide(y).dtype, device=y.device)
+        folded = fold([self], weights, bias)
+        return apply_folded(x, y, folded.to(y.device, y.dtype), geometry)
 
 
 class Folded(NamedTuple):
@@ -143,13 +156,27 @@ class Folded(NamedTuple):
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Folded:
         """Returns the same on another device and in another dtype."""
+        return self.map(lambda t: t.to(device, dtype))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Folded:
+        """Returns the same with every tensor changed."""
         return Folded(
-            *(t.to(device, dtype) if isinstance(t, Tensor) else t for t in self)  # type: ignore[arg-type]
+            gain=None if self.gain is None else change(self.gain),
+            offset=None if self.offset is None else change(self.offset),
+            down=None if self.down is None else change(self.down),
+            up=None if self.up is None else change(self.up),
+            floor=None if self.floor is None else change(self.floor),
+            linear=self.linear,
+            mask=None if self.mask is None else change(self.mask),
         )
+
+    def tensors(self) -> list[Tensor]:
+        """Returns the tensors there are."""
+        return [t for t in self if isinstance(t, Tensor)]
 
 
 def fold(affiners: Sequence[Affiner], weights: Tensor, bias: Tensor | None) -> Folded:
-    """Returns K affiners of one layer as one, in float32 and differentiable.
+    """Returns K affiners of one layer as one, in float32 (or float64) and differentiable.
 
     The sum is parallel, y + Σ wₖ Δₖ(x, y), so the order of the affiners never matters. The bias is
     folded into the offset once, so that the hot path never reads it (it may live elsewhere).
@@ -160,36 +187,44 @@ def fold(affiners: Sequence[Affiner], weights: Tensor, bias: Tensor | None) -> F
         bias: b̂ of the frozen layer, (C_out,), or None.
     """
     rows = weights.ndim == 3
-    weights = weights.float()
+    weights = _wide(weights)
+
+    def at_home(tensor: Tensor) -> Tensor:  # a host may have moved one task and not another
+        return _wide(tensor).to(weights.device)
+
     gain: Tensor | None = None
     offset: Tensor | None = None
-    downs, ups, masks, floors = [], [], [], []
+    downs: list[Tensor] = []
+    ups: list[Tensor] = []
+    masks: list[Tensor] = []
+    floors: list[Tensor] = []
     for k, affiner in enumerate(affiners):
         w_scale, w_shift, w_subspace = weights[..., k, :, None].unbind(-2)  # (1,) or (B, 1)
         if affiner.scale is not None:
-            scaled = w_scale * affiner.scale.float()
+            scaled = w_scale * at_home(affiner.scale)
             gain = scaled if gain is None else gain + scaled
             if bias is not None and not affiner.scale_includes_bias:
-                unbiased = scaled * bias.float()
+                unbiased = scaled * at_home(bias)
                 offset = -unbiased if offset is None else offset - unbiased
         if affiner.shift is not None:
-            shifted = w_shift * affiner.shift.float()
+            shifted = w_shift * at_home(affiner.shift)
             offset = shifted if offset is None else offset + shifted
         if affiner.down is not None and affiner.up is not None:
-            downs.append(affiner.down.float())
-            up = affiner.up.float() * affiner.gain
+            downs.append(at_home(affiner.down))
+            up = at_home(affiner.up) * affiner.gain
             ups.append(up if rows else up * w_subspace)
-            masks.append(w_subspace.expand(-1, affiner.rank) if rows else None)
-            floors.append(torch.full((affiner.rank,), ACTIVATIONS[affiner.activation]))
+            masks += [w_subspace.expand(-1, affiner.rank)] if rows else []
+            floor = ACTIVATIONS[affiner.activation]
+            floors.append(torch.full((affiner.rank,), floor, device=weights.device))
     kinds = {affiner.activation for affiner in affiners if affiner.rank}
     return Folded(
         gain=gain,
         offset=offset,
         down=torch.cat(downs) if downs else None,
         up=torch.cat(ups, dim=1) if ups else None,
-        floor=torch.cat(floors).to(weights.device) if len(kinds) > 1 else None,
+        floor=torch.cat(floors) if len(kinds) > 1 else None,
         linear=kinds == {"identity"},
-        mask=torch.cat([m for m in masks if m is not None], dim=1) if rows and masks else None,
+        mask=torch.cat(masks, dim=1) if rows and masks else None,
     )
 
 
@@ -219,8 +254,11 @@ def apply_folded(
         if correction is None:
             return y * (1 + gain)
         return torch.addcmul(correction, y, 1 + gain)
-    # In 16 bits 1 + a would round |a| < 2⁻⁹ (bf16) away for every token alike: keep a by itself.
-    return torch.addcmul(y if correction is None else y + correction, y, gain)
+    # In 16 bits 1 + a would round |a| < 2⁻⁹ (bf16) away for every token alike. So Δ first, by
+    # itself; what then rounds is the output alone.
+    if correction is None:
+        return torch.addcmul(y, y, gain)
+    return y + torch.addcmul(correction, y, gain)
 
 
 def _correction(
@@ -230,11 +268,13 @@ def _correction(
     offset = folded.offset
     if folded.down is None or folded.up is None:
         return None if offset is None else _spread(offset, y, geometry, row_repeats)
-    hidden = project_down(x.to(y.dtype), folded.down, geometry)
+    hidden = project_down(x.to(y.device, y.dtype), folded.down, geometry)
     if folded.floor is not None:
         hidden = torch.maximum(hidden, _spread(folded.floor, hidden, geometry, 0))
     elif not folded.linear:
         hidden = F.relu(hidden)
+    if hidden.dtype == torch.float16:  # overflow stays finite, or strength 0 would be 0 · inf = NaN
+        hidden = hidden.clamp(-_LARGEST_HALF, _LARGEST_HALF)
     if not row_repeats:
         return project_up(hidden, folded.up, offset, geometry)
     if folded.mask is not None:
@@ -252,7 +292,7 @@ def project_down(x: Tensor, down: Tensor, geometry: ConvGeometry | None = None) 
         x = F.pad(x, geometry.border, mode=geometry.padding_mode)
         padding = (0,) * len(geometry.stride)
     convolve = _CONVOLUTIONS[down.ndim - 2]
-    return convolve(x, down, None, geometry.stride, padding, geometry.dilation)  # type: ignore[operator]
+    return convolve(x, down, None, geometry.stride, padding, geometry.dilation)
 
 
 def project_up(
@@ -262,7 +302,7 @@ def project_up(
     if geometry is None:
         return F.linear(hidden, up, offset)
     ones = (1,) * len(geometry.stride)
-    return _CONVOLUTIONS[len(ones)](hidden, up.view(*up.shape, *ones), offset)  # type: ignore[operator]
+    return _CONVOLUTIONS[len(ones)](hidden, up.view(*up.shape, *ones), offset)
 
 
 def init_affiner(
@@ -275,8 +315,9 @@ def init_affiner(
 ) -> dict[str, Tensor]:
     """Returns the tensors of a fresh affiner, which changes nothing: a = b = U = 0, D random.
 
-    D is Kaiming-uniform like torch's own layers. (D = 0 with U random would never train, as the
-    derivative of relu at 0 is 0.)
+    They are float32 on the CPU, whatever torch's defaults are at the moment. D is Kaiming-uniform
+    like torch's own layers. (D = 0 with U random would never train, as the derivative of relu at 0
+    is 0.)
 
     Args:
         parts: Names among PARTS.
@@ -286,27 +327,33 @@ def init_affiner(
         rank: R of the subspace.
         generator: Random source of D.
     """
+    plain: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     tensors: dict[str, Tensor] = {}
     if "scale" in parts:
-        tensors["scale"] = torch.zeros(out_features)
+        tensors["scale"] = torch.zeros(out_features, **plain)
     if "shift" in parts:
-        tensors["shift"] = torch.zeros(out_features)
+        tensors["shift"] = torch.zeros(out_features, **plain)
     if "subspace" in parts:
         bound = 1 / math.sqrt(in_features * math.prod(kernel))
-        down = torch.empty(rank, in_features, *kernel)
+        down = torch.empty(rank, in_features, *kernel, **plain)
         tensors["down"] = down.uniform_(-bound, bound, generator=generator)
-        tensors["up"] = torch.zeros(out_features, rank)
+        tensors["up"] = torch.zeros(out_features, rank, **plain)
     return tensors
 
 
-def affiner_from(tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> Affiner:
+def affiner_from(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Affiner:
     """Returns an affiner that shares these tensors, with a task's facts (activation, gain…)."""
     return Affiner(
         *(tensors.get(name) for name in TENSORS),
         activation=str(facts.get("activation", "relu")),
-        gain=float(facts.get("gain", 1.0)),  # type: ignore[arg-type]
+        gain=float(facts.get("gain", 1.0)),
         scale_includes_bias=bool(facts.get("scale_includes_bias", False)),
     )
+
+
+def _wide(t: Tensor) -> Tensor:
+    """Returns the tensor in float32, or as it is in float64."""
+    return t if t.dtype == torch.float64 else t.float()
 
 
 def _spread(v: Tensor, y: Tensor, geometry: ConvGeometry | None, row_repeats: int) -> Tensor:

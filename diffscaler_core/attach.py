@@ -1,21 +1,22 @@
 """The torch carrier: attach(model, tasks) -> Attachment, by forward hooks on untouched layers.
 
 For each target layer f with input x and output y = f(x), the layer's output becomes
-y + Σ wₖ Δₖ(x, y) over all tasks attached, by however many calls. Nothing else in the model changes: no
-module is replaced, no parameter renamed, no state_dict key added.
+y + Σ wₖ Δₖ(x, y) over all tasks attached, by however many calls. Nothing else in the model changes:
+no module is replaced, no parameter renamed, no state_dict key added.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .affiner import PARTS, affiner_from
+from .affiner import PARTS, Affiner, affiner_from
 from .compiled import check_not_compiled, forget_compiled_code
 from .errors import DiffScalerError, MismatchError, first_names, unknown
 from .families import row_layout
@@ -25,12 +26,14 @@ from .task import TaskAdapter
 
 logger = logging.getLogger(__name__)
 
+#: Layers that diffusers' `fuse_qkv_projections` takes out of use.
+QKV = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 Weight = float | Mapping[str, float]
 Row = str | Mapping[str, Weight] | None
 
 
 class _LayerHook:
-    """The one forward hook of a layer, shared by all attachments; picklable, so it can be copied."""
+    """The one forward hook of a layer, shared by all attachments; can be pickled and copied."""
 
     def __init__(self) -> None:
         self.stacks: list[AffinerStack] = []
@@ -38,7 +41,7 @@ class _LayerHook:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
     ) -> Tensor:
-        x = args[0] if args else kwargs["input"]
+        x = args[0] if args else next(iter(kwargs.values()))
         out = y
         for i, stack in enumerate(self.stacks):
             corrected = stack(x, y)  # each sees the frozen output: a parallel sum
@@ -83,17 +86,19 @@ class Attachment(nn.Module):
     def set_weights(self, weights: Weight | Mapping[str, Weight]) -> None:
         """Sets the strengths: one number for all tasks, or {task: strength}; absent tasks get 0.
 
-        A strength is a number, or per part: {"scale": …, "shift": …, "subspace": …}, absent parts 1.
+        A strength is a number, or per part: {"scale": …, "shift": …, "subspace": …}, absent ones 1.
         Tensors change in place: no new attach, no recompile. Rows, if set, are dropped.
 
         Raises:
             UnknownNameError: No such task is attached, or no such part exists.
+            DiffScalerError: A strength that is NaN or infinite.
         """
-        self._weights = {name: (0.0,) * len(PARTS) for name in self.names}
+        new = {name: (0.0,) * len(PARTS) for name in self.names}
         if not isinstance(weights, Mapping):
             weights = dict.fromkeys(self.names, weights)
         for name, weight in weights.items():
-            self._weights[self._known(name)] = _per_part(weight)
+            new[self._known(name)] = _per_part(weight)
+        self._weights = new
         self.set_rows(None)
 
     def set_rows(self, rows: Sequence[Row] | Tensor | None) -> None:
@@ -105,23 +110,30 @@ class Attachment(nn.Module):
 
         Raises:
             UnknownNameError: A row names a task that is not attached.
-            DiffScalerError: A tensor of another shape.
+            DiffScalerError: A tensor of another shape, no row at all, or NaN or Inf.
         """
         self._rows = None if rows is None else self._row_weights(rows)
         now = self._rows
         if now is None:
             now = torch.tensor([self._weights[name] for name in self.names])
-        for stack in self.stacks:
-            stack.set_weights(now)  # type: ignore[operator]
+        for stack in self._stacks():
+            stack.set_weights(now)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Attachment:
+        """Makes all parameters trainable, or frozen again."""
+        for stack in self._stacks():
+            stack.unsettle()  # what was folded before the training is out of date after it
+        super().requires_grad_(requires_grad)
+        return self
 
     def task(self, name: str | None = None) -> TaskAdapter:
         """Returns a task with its parameters as they are now (a copy on the CPU), to be saved."""
         name = self.names[0] if name is None else self._known(name)
         slot = self.names.index(name)
         layers: dict[str, dict[str, Tensor]] = {}
-        for stack in self.stacks:
-            if slot in stack.slots:  # type: ignore[operator]
-                affiner = stack.affiners[stack.slots.index(slot)]  # type: ignore
+        for stack in self._stacks():
+            if slot in stack.slots:
+                affiner = cast(Affiner, stack.affiners[stack.slots.index(slot)])
                 layers[f"{self._component}.{stack.name}"] = {
                     k: v.detach().to("cpu", copy=True) for k, v in affiner.tensors().items()
                 }
@@ -144,6 +156,9 @@ class Attachment(nn.Module):
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
+    def _stacks(self) -> list[AffinerStack]:
+        return [cast(AffinerStack, stack) for stack in self.stacks]
+
     def _known(self, name: str) -> str:
         if name not in self.names:
             raise unknown("task", name, self.names)
@@ -158,13 +173,17 @@ class Attachment(nn.Module):
                     f"rows must be (B, {len(self.names)}) or (B, {len(self.names)}, 3), "
                     f"got {tuple(rows.shape)}"
                 )
+            if not len(rows) or not bool(torch.isfinite(rows).all()):
+                raise DiffScalerError("rows must hold finite strengths for at least one row")
             return rows.float()
+        if not len(rows):
+            raise DiffScalerError("rows must name a task, a mix or None for at least one row")
         table = torch.zeros(len(rows), len(self.names), len(PARTS))
         for i, row in enumerate(rows):
             mix = {row: 1.0} if isinstance(row, str) else row or {}
             for name, weight in mix.items():
                 slot = self.names.index(self._known(name))
-                table[i, slot] = torch.tensor(_per_part(weight))  # type: ignore[arg-type]
+                table[i, slot] = torch.tensor(_per_part(weight))
         return table
 
 
@@ -198,6 +217,7 @@ def attach(
     component = component or _component_for(model, tasks)
     model = check_not_compiled(model, compiled)
     layers = {name: task.component_layers(component) for name, task in tasks.items()}
+    _check_component(tasks, layers, component)
     modules = match_layers(model, tasks, layers)
     stacks = build_stacks(tasks, layers, modules, type(model).__name__)
     attachment = Attachment(tasks, stacks, component)
@@ -206,6 +226,7 @@ def attach(
         for name, stack in stacks.items():
             attachment._hooks.append(_hook(modules[name], stack))
         attachment.set_weights(1.0 if weights is None else weights)
+        _settle(stacks, modules)
         undo.pop_all()
     logger.info("attached %s to %d layers of %s", list(tasks), len(stacks), type(model).__name__)
     return attachment
@@ -216,10 +237,11 @@ def match_layers(
     tasks: Mapping[str, TaskAdapter],
     layers: Mapping[str, Mapping[str, Mapping[str, Tensor]]],
 ) -> dict[str, nn.Module]:
-    """Returns the module of every layer of every task, or raises one error with all that misfits."""
+    """Returns the module of every layer of every task, or raises one error with all misfits."""
     modules: dict[str, nn.Module] = {}
     for task_name, own in layers.items():
         missing, wrong, fused = [], [], []
+        seen: dict[int, str] = {}
         for name, tensors in own.items():
             module = resolve(model, name)
             target = None if module is None else as_target(name, module)
@@ -228,6 +250,8 @@ def match_layers(
                 continue
             if not fits(tensors, target.shape):
                 wrong.append(f"{name} is {'x'.join(map(str, target.shape))}")
+            if seen.setdefault(id(module), name) != name:
+                wrong.append(f"{name} is the same module as {seen[id(module)]}")
             if _is_fused(model, name):
                 fused.append(name)
             modules[name] = module
@@ -258,11 +282,15 @@ def build_stacks(
     stacks: dict[str, AffinerStack] = {}
     for layer, module in modules.items():
         here = [name for name in names if layer in layers[name]]
+        bias_counts = any(
+            "scale" in layers[name][layer] and not tasks[name].info.get("scale_includes_bias")
+            for name in here
+        )
         stacks[layer] = AffinerStack(
             layer,
             [affiner_from(layers[name][layer], tasks[name].info) for name in here],
             [names.index(name) for name in here],
-            bias_of(layer, module),
+            bias_of(layer, module) if bias_counts else None,
             geometry_of(module),
             row_layout(class_name, layer),
         )
@@ -270,15 +298,19 @@ def build_stacks(
 
 
 _ONE = (1.0,) * len(PARTS)
+_PLAIN_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _per_part(weight: Weight) -> tuple[float, ...]:
     if not isinstance(weight, Mapping):
-        return (float(weight),) * len(PARTS)
+        weight = dict.fromkeys(PARTS, weight)
     for part in weight:
         if part not in PARTS:
             raise unknown("part", part, PARTS)
-    return tuple(float(weight.get(part, 1.0)) for part in PARTS)
+    strengths = tuple(float(weight.get(part, 1.0)) for part in PARTS)
+    if not all(map(math.isfinite, strengths)):
+        raise DiffScalerError(f"a strength must be a finite number, got {dict(weight)}")
+    return strengths
 
 
 def _hook(module: nn.Module, stack: AffinerStack) -> tuple[_LayerHook, AffinerStack, Any]:
@@ -316,13 +348,41 @@ def _component_for(model: nn.Module, tasks: Mapping[str, TaskAdapter]) -> str:
     return next(iter(components), component_of(model))
 
 
+def _settle(stacks: Mapping[str, AffinerStack], modules: Mapping[str, nn.Module]) -> None:
+    """Folds for the layers' own dtypes, so that compiled code finds tensors it can rely on."""
+    for name, stack in stacks.items():
+        weight = modules[name].weight
+        if isinstance(weight, Tensor) and weight.dtype in _PLAIN_DTYPES and not weight.is_meta:
+            stack.settle(weight.device, weight.dtype)
+
+
+def _check_component(
+    tasks: Mapping[str, TaskAdapter], layers: Mapping[str, Mapping[str, Any]], component: str
+) -> None:
+    there = dict.fromkeys(c for task in tasks.values() for c in task.components)
+    if there and not any(layers.values()):
+        raise MismatchError(
+            f"the tasks {list(tasks)} adapt {', '.join(there)}, none of them {component!r}"
+        )
+
+
 def _is_fused(model: nn.Module, name: str) -> bool:
     """Says whether diffusers' `fuse_qkv_projections` made this q, k or v layer a dead one."""
     parent, _, leaf = name.rpartition(".")
     owner = resolve(model, parent) if parent else model
-    if owner is None or not getattr(owner, "fused_projections", False):
+    return owner is not None and leaf in QKV and has_fused_qkv(owner)
+
+
+def has_fused_qkv(attention: Any) -> bool:
+    """Says whether an attention of diffusers now runs without its q, k and v layers.
+
+    Its older `Attention` keeps the mark for ever; there the processor tells.
+    """
+    if not getattr(attention, "fused_projections", False):
         return False
-    return leaf in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+    if type(attention).__name__ != "Attention":
+        return True
+    return type(getattr(attention, "processor", None)).__name__.startswith("Fused")
 
 
 def _raise_misfit(
@@ -347,7 +407,7 @@ def _raise_misfit(
     if missing:
         problems.append(f"{len(missing)} layers missing, first {first_names(missing)}")
     if wrong:
-        problems.append(f"{len(wrong)} of another shape, first {first_names(wrong)}")
+        problems.append(f"{len(wrong)} misfit, first {first_names(wrong)}")
     raise MismatchError(
         f"task {task.name!r}, made for {made_for} with {count} layers, does not fit this "
         f"{type(model).__name__}: {'; '.join(problems)}; attach it to the base it was made for"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,8 +32,8 @@ def combine_tasks(
         name: The new task's name; default: the names joined by "+".
 
     Raises:
-        DiffScalerError: No task, another number of weights, other shapes, or scales that treat the
-            frozen bias differently.
+        DiffScalerError: No task, another number of weights, other shapes, scales that treat the
+            frozen bias differently, or a control task among several.
     """
     weights = [1.0] * len(tasks) if weights is None else list(weights)
     if not tasks or len(tasks) != len(weights):
@@ -47,15 +48,14 @@ def combine_tasks(
         for layer, tensors in task.layers.items():
             own = _scaled(tensors, dict.fromkeys(PARTS, weight))
             if "up" in own:
-                own["up"] = own["up"] * gain
+                own["up"] = own["up"] if gain == 1.0 else _wide(own["up"]) * gain
                 if relu and _activation(task) == "identity":
                     own["down"] = torch.cat([own["down"], -own["down"]])
                     own["up"] = torch.cat([own["up"], -own["up"]], dim=1)
             layers[layer] = _added(layer, layers.get(layer), own)
     info = _combined_info(tasks, weights, name, "relu" if relu else "identity")
     conditioning, prompts = _combined_prompts(tasks)
-    extras = {k: v for task in tasks for k, v in task.extras.items()} if len(tasks) == 1 else {}
-    return TaskAdapter(layers, {**info, **prompts}, conditioning, {}, extras)
+    return TaskAdapter(layers, {**info, **prompts}, conditioning, {}, dict(tasks[0].extras))
 
 
 def scale_task(
@@ -90,12 +90,21 @@ def scale_task(
     return task.replace(layers=scaled)
 
 
+def cast_task(task: TaskAdapter, dtype: torch.dtype) -> TaskAdapter:
+    """Returns the task with all its tensors in another dtype."""
+    return task.replace(
+        layers={n: {k: t.to(dtype) for k, t in own.items()} for n, own in task.layers.items()},
+        conditioning={name: tensor.to(dtype) for name, tensor in task.conditioning.items()},
+        extras={name: tensor.to(dtype) for name, tensor in task.extras.items()},
+    )
+
+
 def _scaled(tensors: Mapping[str, Tensor], factors: Mapping[str, float]) -> dict[str, Tensor]:
     return {
         name: t
         if name not in _PART_OF or factors[_PART_OF[name]] == 1.0
         # in float32, so that a weak task in 16 bits does not lose its last digits
-        else t.float() * factors[_PART_OF[name]]
+        else _wide(t) * factors[_PART_OF[name]]
         for name, t in tensors.items()
     }
 
@@ -105,28 +114,32 @@ def _added(
 ) -> dict[str, Tensor]:
     if old is None:
         return dict(new)
+    widths = {len(t) for own in (old, new) for name, t in own.items() if name != "down"}
+    inputs = {tuple(own["down"].shape[1:]) for own in (old, new) if "down" in own}
+    if len(widths) > 1 or len(inputs) > 1:
+        raise DiffScalerError(
+            f"the tasks have other shapes at {layer!r}, so they are of different bases; only tasks "
+            f"of one base can be combined"
+        )
     summed = {**old, **new}
-    try:
-        for name in ("scale", "shift"):
-            if name in old and name in new:
-                summed[name] = old[name].float() + new[name].float()
-        if "down" in old and "down" in new:
-            summed["down"] = torch.cat([old["down"].float(), new["down"].float()])
-            summed["up"] = torch.cat([old["up"].float(), new["up"].float()], dim=1)
-    except RuntimeError as error:
-        raise DiffScalerError(f"the tasks have other shapes at {layer!r}: {error}") from error
-    for name in ("shift", "up"):
-        if "scale" in summed and name in summed and len(summed[name]) != len(summed["scale"]):
-            raise DiffScalerError(f"the tasks have other widths at {layer!r}; same base needed")
+    for name in ("scale", "shift"):
+        if name in old and name in new:
+            summed[name] = _wide(old[name]) + _wide(new[name])
+    if "down" in old and "down" in new:
+        summed["down"] = torch.cat([old["down"], new["down"]])
+        summed["up"] = torch.cat([old["up"], new["up"]], dim=1)
     return summed
 
 
 def _check_alike(tasks: Sequence[TaskAdapter]) -> None:
-    families = {str((task.info.get("base") or {}).get("family")) for task in tasks if task.layers}
+    if len(tasks) > 1 and any(task.extras for task in tasks):
+        raise DiffScalerError("a control task cannot be combined with others; stack them instead")
+    families = {_base_fact(task, "family") for task in tasks if task.layers} - {None, "unknown"}
     if len(families) > 1:
-        raise DiffScalerError(f"tasks of different bases cannot be combined: {sorted(families)}")
-    with_scale = [t for t in tasks if any("scale" in tensors for tensors in t.layers.values())]
-    if len({bool(task.info.get("scale_includes_bias")) for task in with_scale}) > 1:
+        raise DiffScalerError(
+            f"tasks of different bases cannot be combined: {sorted(map(str, families))}"
+        )
+    if len({bool(task.info.get("scale_includes_bias")) for task in _with_scale(tasks)}) > 1:
         raise DiffScalerError(
             "one task's scale multiplies the frozen bias (DiffFit), another's does not: "
             "their sum is no task without knowing the bias; stack them instead"
@@ -156,7 +169,10 @@ def _combined_info(
         "parts": list(parts),
         "activation": activation,
         "gain": 1.0,
-        "scale_includes_bias": any(task.info.get("scale_includes_bias") for task in tasks),
+        "scale_includes_bias": any(
+            task.info.get("scale_includes_bias") for task in _with_scale(tasks)
+        ),
+        "base": _combined_base(layered),
         "combined_from": [
             {"name": task.name, "weight": weight}
             for task, weight in zip(tasks, weights, strict=True)
@@ -166,7 +182,7 @@ def _combined_info(
 
 
 def _combined_prompts(tasks: Sequence[TaskAdapter]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns all stored prompts under their own names, or those of the first if they do not fit."""
+    """Returns all stored prompts by name, or those of the first task if they do not fit."""
     stored = [task for task in tasks if "context" in task.conditioning]
     if not stored:
         return {}, {"prompts": []}
@@ -183,11 +199,37 @@ def _combined_prompts(tasks: Sequence[TaskAdapter]) -> tuple[dict[str, Tensor], 
     for task in stored:
         for i, prompt in enumerate(task.prompts):
             names.setdefault(prompt, (task, i))
+    dtypes = {
+        key: functools.reduce(torch.promote_types, (t.conditioning[key].dtype for t in stored))
+        for key in keys
+    }
     tensors = {
-        key: torch.stack([task.conditioning[key][i].float() for task, i in names.values()])
+        key: torch.stack([task.conditioning[key][i].to(dtypes[key]) for task, i in names.values()])
         for key in keys
     }
     return tensors, {"prompts": list(names)}
+
+
+def _combined_base(tasks: Sequence[TaskAdapter]) -> dict[str, Any]:
+    """Returns the first known base; its fingerprint only where the tasks have the same targets."""
+    known = [task for task in tasks if _base_fact(task, "family") not in (None, "unknown")]
+    base = dict((known or list(tasks))[0].info.get("base") or {})
+    if len({_base_fact(task, "fingerprint") for task in tasks}) > 1:
+        base.pop("fingerprint", None)
+        base["targets"] = len({layer for task in tasks for layer in task.layers})
+    return base
+
+
+def _base_fact(task: TaskAdapter, fact: str) -> Any:
+    return (task.info.get("base") or {}).get(fact)
+
+
+def _with_scale(tasks: Sequence[TaskAdapter]) -> list[TaskAdapter]:
+    return [t for t in tasks if any("scale" in tensors for tensors in t.layers.values())]
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
 
 
 def _activation(task: TaskAdapter) -> str:

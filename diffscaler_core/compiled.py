@@ -1,4 +1,4 @@
-"""torch.compile and hooks: compiled code ignores hooks that came or went later. Find out, and say so."""
+"""torch.compile ignores hooks that come or go after compiling. Find out, and say so."""
 
 from __future__ import annotations
 
@@ -29,32 +29,15 @@ def check_not_compiled(model: nn.Module, compiled: str = "raise") -> nn.Module:
     )
     if is_compiled and compiled == "raise":
         raise DiffScalerError(
-            f"this {type(inner).__name__} is compiled, and compiled code ignores hooks added later: "
+            f"this {type(inner).__name__} is compiled, and compiled code ignores later hooks: "
             f"attach the task before torch.compile, or pass compiled='reset' to compile anew"
         )
-    if is_compiled or has_compiled_code(inner):
-        forget_compiled_code()
+    forget_compiled_code()  # a compiled function around the model cannot be seen from the model
     return inner
 
 
-def has_compiled_code(model: nn.Module) -> bool:
-    """Says whether torch holds compiled code for the forward of the model or of its modules."""
-    if "torch._dynamo" not in sys.modules:
-        return False
-    try:
-        from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list as entries
-    except ImportError:  # another torch; then only the wrapper itself can be seen
-        return False
-    codes = {
-        code
-        for module in model.modules()
-        if (code := getattr(type(module).forward, "__code__", None)) is not None
-    }
-    return any(entries(code) for code in codes)
-
-
 def forget_compiled_code() -> None:
-    """Drops torch's compiled code, if there is any, so that the next call sees the hooks there are."""
+    """Drops torch's compiled code, if any, so that the next call sees the hooks there are."""
     dynamo = sys.modules.get("torch._dynamo")  # absent: nothing was ever compiled here
     if dynamo is not None:
         dynamo.reset()

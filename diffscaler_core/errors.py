@@ -1,9 +1,9 @@
 """What can go wrong, and nothing else.
 
-    DiffScalerError (ValueError)   anything this project refuses to do; the message says what to do instead
-    ├── TaskFileError              a file that is not a task file, is broken, or has an unknown version
-    ├── MismatchError              a task that does not fit the model it met
-    └── UnknownNameError           a method, preset, family, activation or task nobody knows
+    DiffScalerError (ValueError)  anything this project refuses to do; the message says what to do
+    ├── TaskFileError             a file that is no task file, is broken, or of an unknown version
+    ├── MismatchError             a task that does not fit the model it met
+    └── UnknownNameError          a method, preset, family, activation or task nobody knows
 
 They derive from ValueError, so that code that cannot import this package can still catch them.
 """
@@ -31,11 +31,17 @@ class UnknownNameError(DiffScalerError):
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:
     """Returns the error for a `name` of some `kind` that is not among `known`."""
-    return UnknownNameError(f"unknown {kind} {name!r}; known: {', '.join(known) or 'none'}")
+    return UnknownNameError(f"unknown {kind} {shown(name)}; known: {', '.join(known) or 'none'}")
+
+
+def shown(value: object) -> str:
+    """Returns a value as one short line, as names in foreign files may be as long as they like."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:60]}…{text[-30:]}"
 
 
 def first_names(names: Iterable[str], count: int = 3) -> str:
     """Returns the first names quoted, and how many more there are: `'a', 'b' and 5 more`."""
     ordered = list(names)
-    shown = ", ".join(repr(name) for name in ordered[:count])
-    return shown + (f" and {len(ordered) - count} more" if len(ordered) > count else "")
+    first = ", ".join(shown(name) for name in ordered[:count])
+    return first + (f" and {len(ordered) - count} more" if len(ordered) > count else "")

@@ -1,7 +1,7 @@
 """FAMILIES: what each architecture does its own way. Data only: nothing of a host is imported.
 
-Read off diffusers' sources, one row per denoiser class that the project knows by name. A model that is in
-no row can still carry tasks: the rows are asked only for what cannot be seen on the model itself.
+Read off diffusers' sources, one row per denoiser class that the project knows by name. A model that
+is in no row can still carry tasks: the rows are asked only for what the model itself does not show.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Family:
             packed to a token by the pipeline), "patchified" (cut into patches by the model itself),
             "packed" (one latent a token), "list" (a list of samples, tokens one after the other).
         objective: "flow" (noise − data), "flow_reversed" (data − noise), "epsilon" or "v".
-        learned_sigma: True: the second half of the output channels is a variance; train on the first.
+        learned_sigma: True: the output's second half of channels is a variance; train on the first.
         timestep_scale: What the model's timestep is at full noise (1000 or 1).
         guidance: How the pipeline runs classifier-free guidance: "uncond_first" or "cond_first"
             (one doubled batch), "two_calls", or "none" (distilled).

@@ -1,12 +1,13 @@
 """Moving an affiner between layers that differ only in how their output rows lie. Pure and exact.
 
 One host keeps q, k and v as three Linears, another as one fused Linear; one orders an adaLN's rows
-(shift, scale), another (scale, shift). An affiner follows: a, b and the rows of U are per output row, D
-is per input.
+(shift, scale), another (scale, shift). An affiner follows: a, b and the rows of U are per output
+row, D is per input.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -65,15 +66,22 @@ def fuse_rows(parts: Sequence[tuple[int, Tensors]], out_features: int) -> dict[s
     for name in ("scale", "shift"):
         rows = [(start, t[name]) for start, t in parts if name in t]
         if rows:
-            fused[name] = rows[0][1].new_zeros(out_features)
+            fused[name] = _zeros_like_all([t for _, t in rows], out_features)
             for start, values in rows:
                 fused[name][start : start + len(values)] = values
     spaces = [(start, t["down"], t["up"]) for start, t in parts if "down" in t]
     if spaces:
         fused["down"] = torch.cat([down for _, down, _ in spaces])
-        fused["up"] = spaces[0][2].new_zeros(out_features, len(fused["down"]))
+        ups = [up for _, _, up in spaces]
+        fused["up"] = _zeros_like_all(ups, out_features, len(fused["down"]))
         rank = 0
         for start, down, up in spaces:
             fused["up"][start : start + len(up), rank : rank + len(down)] = up
             rank += len(down)
     return fused
+
+
+def _zeros_like_all(tensors: Sequence[Tensor], *size: int) -> Tensor:
+    """Returns zeros in the dtype that holds every tensor's values exactly."""
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    return tensors[0].new_zeros(size, dtype=dtype)

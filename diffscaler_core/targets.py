@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from .affiner import ConvGeometry
 from .errors import DiffScalerError, MismatchError
 
-#: Preset -> regular expression a block target's path below its block must contain; None: no condition.
+_MLP = r"(ff|ffn|ff_context|mlp|mlpX|mlpC|feed_forward|proj_mlp)"
+#: Preset -> regular expression a target's path below its block must contain; None: no condition.
 PRESETS: dict[str, str | None] = {
     "blocks": None,
-    "attention": r"(^|\.)\w*(attn|attention)\w*\.",
-    "mlp": r"(^|\.)(ff|ffn|ff_context|mlp|mlpX|mlpC|feed_forward|proj_mlp|proj_out)(\.|$)",
+    # a U-Net's list `attentions` holds whole transformer blocks, MLPs included
+    "attention": rf"^(?!(.*\.)?{_MLP}(\.|$))(.*\.)?\w*(attn|attention)\w*\.",
+    "mlp": rf"(^|\.){_MLP}(\.|$)|^proj_out$",
     "all": None,
 }
 #: Modules whose repeated children are blocks although they are no lists.
@@ -61,7 +63,8 @@ def as_target(name: str, module: Any) -> Target | None:
     kernel = getattr(module, "kernel_size", None)
     if not isinstance(kernel, tuple) or not 1 <= len(kernel) <= 3:
         return None
-    if getattr(module, "transposed", False) or not isinstance(module.out_channels, int):
+    channels = getattr(module, "out_channels", None), getattr(module, "in_channels", None)
+    if getattr(module, "transposed", False) or not all(isinstance(c, int) for c in channels):
         return None
     return Target(name, module.out_channels, module.in_channels, tuple(kernel))
 
@@ -109,7 +112,7 @@ def all_targets(model: nn.Module) -> Iterator[Target]:
     """
     hidden: list[str] = []
     for path, module in model.named_modules():
-        if any(path.startswith(prefix) for prefix in hidden):
+        if not path or path.startswith(tuple(hidden)):
             continue
         if isinstance(getattr(module, "base_layer", None), nn.Module):
             target = as_target(path, base_layer(module))
@@ -141,8 +144,10 @@ def resolve(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def matches(name: str, patterns: str | Sequence[str]) -> bool:
-    """Says whether a target is meant: a string is a regular expression for the whole name, a list
-    holds whole names or name endings (as in PEFT's `target_modules`).
+    """Says whether a target is meant.
+
+    A string is a regular expression for the whole name; a list holds whole names or name endings
+    (as in PEFT's `target_modules`).
     """
     if isinstance(patterns, str):
         try:
@@ -176,7 +181,7 @@ def geometry_of(module: Any) -> ConvGeometry | None:
 
 
 def bias_of(name: str, module: Any) -> Tensor | None:
-    """Returns a layer's own bias as a float32 copy, or None; read once, at attach.
+    """Returns a layer's own bias as a float32 (or float64) copy, or None; read once, at attach.
 
     Raises:
         MismatchError: The bias is there but cannot be read (meta device, packed bits).
@@ -196,7 +201,10 @@ def bias_of(name: str, module: Any) -> Tensor | None:
         raise MismatchError(
             f"the bias of {name!r} is packed as {bias.dtype}; dequantise the bias to attach here"
         )
-    return bias.detach().to(torch.float32, copy=True)
+    wide = torch.float64 if bias.dtype == torch.float64 else torch.float32
+    with torch.inference_mode(False), torch.no_grad():  # training may come later
+        copied: Tensor = bias.detach().to(wide, copy=True)
+    return copied
 
 
 def component_of(model: nn.Module) -> str:

@@ -48,6 +48,12 @@ class TaskAdapter:
         for part in ("info", "conditioning", "modelspec", "extras"):
             object.__setattr__(self, part, MappingProxyType(dict(getattr(self, part))))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Lets a task be copied and pickled, which its read-only mappings alone cannot be."""
+        layers = {name: dict(tensors) for name, tensors in self.layers.items()}
+        facts = (self.info, self.conditioning, self.modelspec, self.extras)
+        return TaskAdapter, (layers, *map(dict, facts))
+
     @property
     def name(self) -> str:
         """The task's own name."""
@@ -141,7 +147,8 @@ def new_task(
 
     Raises:
         UnknownNameError: No such method.
-        DiffScalerError: No layer matches, or a rank is not positive.
+        DiffScalerError: No layer matches, a rank is not positive, or a pattern of `rank_pattern`
+            matches nothing.
     """
     if method not in METHODS:
         raise unknown("method", method, METHODS)
@@ -151,15 +158,27 @@ def new_task(
     component = component or component_of(model)
     generator = torch.Generator().manual_seed(seed)
     found = find_targets(model, targets, exclude=exclude) if chosen.parts else ()
+    for pattern in rank_pattern or {}:
+        if not any(pattern_value(target.name, {pattern: True}, False) for target in found):
+            raise DiffScalerError(
+                f"rank_pattern {pattern!r} matches none of the {len(found)} targets, for example "
+                f"{', '.join(target.name for target in found[:2]) or 'none'}"
+            )
     layers: dict[str, dict[str, Tensor]] = {}
     ranks: dict[str, int] = {}
     for target in found:
         own_rank = _rank_of(target, rank, rank_pattern)
         parts = [p for p in chosen.parts_for(target.name) if p != "subspace" or own_rank]
         if parts:
-            layers[f"{component}.{target.name}"] = init_affiner(
-                parts, target.out_features, target.in_features, target.kernel, own_rank, generator
-            )
+            with torch.inference_mode(False):  # or it could never be trained
+                layers[f"{component}.{target.name}"] = init_affiner(
+                    parts,
+                    target.out_features,
+                    target.in_features,
+                    target.kernel,
+                    own_rank,
+                    generator,
+                )
             ranks[target.name] = own_rank if "subspace" in parts else 0
     info = {
         "name": name,

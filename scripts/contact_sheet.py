@@ -65,7 +65,7 @@ CELLS = [cell for row in ROWS.values() for cell in row]
 
 
 def workflow() -> dict[str, Any]:
-    """Returns the workflow in ComfyUI's API format; the last node of each cell saves its picture."""
+    """Returns the workflow in ComfyUI's API format; each cell's last node saves its picture."""
     nodes: dict[str, dict[str, Any]] = {}
 
     def node(key: str, kind: str, title: str = "", **inputs: Any) -> list[Any]:
@@ -119,7 +119,7 @@ def workflow() -> dict[str, Any]:
             steps=STEPS,
             cfg=GUIDANCE,
             sampler_name="euler",
-            scheduler="simple",
+            scheduler="normal",
             denoise=1.0,
         )
         decoded = node(f"{i:02d}-decode", "VAEDecode", samples=samples, vae=vae)

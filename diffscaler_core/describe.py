@@ -1,0 +1,96 @@
+"""A task as a few lines of text, for a node and for the command line alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from .families import FAMILIES
+from .methods import METHODS
+from .task import TaskAdapter
+
+
+def describe(task: TaskAdapter) -> str:
+    """Returns what there is to know about a task, one fact a line; without what nobody recorded."""
+    rows = [(label, text) for label, text in _rows(task) if text]
+    width = max(len(label) for label, _ in rows)
+    indent = "\n" + " " * (width + 2)
+    return "\n".join(
+        f"{label:<{width}}  {text.strip().replace(chr(10), indent)}" for label, text in rows
+    )
+
+
+def _rows(task: TaskAdapter) -> Iterator[tuple[str, str]]:
+    info, spec = task.info, task.modelspec
+    yield "task", task.name
+    yield "title", "" if spec.get("title") == task.name else spec.get("title", "")
+    yield "description", spec.get("description", "")
+    yield "author", spec.get("author", "")
+    yield "license", str(info.get("license") or spec.get("license") or "")
+    yield "made for", _base(info.get("base") or {})
+    yield "method", _method(task)
+    yield "layers", str(len(task.layers)) if task.layers else "none (stored prompts only)"
+    yield "rank", _rank(task)
+    yield "parameters", f"{task.num_parameters:,}"
+    yield "size", f"{_bytes(task.nbytes)} ({_dtypes(task)})"
+    yield "prompts", ", ".join(map(repr, task.prompts))
+    yield "trigger", str(info.get("trigger") or "")
+    yield "control", _pairs(info.get("control") or {})
+    yield "combined from", _sources(info.get("combined_from") or ())
+    yield "training", _pairs(info.get("training") or {})
+    yield "created", str(info.get("created") or spec.get("date") or "")
+
+
+def _base(base: dict[str, Any]) -> str:
+    family = FAMILIES.get(str(base.get("family")))
+    name = family.title if family else str(base.get("family", "an unknown base"))
+    facts = [str(base[key]) for key in ("class", "fingerprint") if base.get(key)]
+    return f"{name} ({', '.join(facts)})" if facts else name
+
+
+def _method(task: TaskAdapter) -> str:
+    name = str(task.info.get("method", "diffscaler"))
+    parts = list(task.info.get("parts", ()))
+    if "subspace" in parts:
+        parts[parts.index("subspace")] = f"{task.info.get('activation', 'relu')} subspace"
+    source = METHODS[name].source if name in METHODS else ""
+    text = f"{name}: {', '.join(parts)}" if parts else name
+    return f"{text} [{source}]" if source else text
+
+
+def _rank(task: TaskAdapter) -> str:
+    ranks = [len(tensors["down"]) for tensors in task.layers.values() if "down" in tensors]
+    if not ranks:
+        return ""
+    low, high = min(ranks), max(ranks)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _dtypes(task: TaskAdapter) -> str:
+    names = dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in task.tensors)
+    return ", ".join(names) or "empty"
+
+
+def _bytes(count: int) -> str:
+    if count < 1024:
+        return f"{count} bytes"
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    raise AssertionError
+
+
+def _sources(sources: Any) -> str:
+    return ", ".join(f"{one.get('name')} × {one.get('weight', 1):g}" for one in sources)
+
+
+def _pairs(facts: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {_value(value)}" for key, value in facts.items() if value is not None)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{k} {_value(v)}" for k, v in value.items()) + ")"
+    return str(value)

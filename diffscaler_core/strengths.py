@@ -1,0 +1,88 @@
+"""Strengths written as text, as people type them into a node or on the command line."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from .errors import DiffScalerError
+
+_RANGE = re.compile(r"(?:(?P<list>[\w.]*?[A-Za-z_]\w*)\.)?(?P<first>\d+)(?:\s*-\s*(?P<last>\d+))?")
+_PLAIN = re.compile(r"[\w.]+")
+_MOST_BLOCKS = 1000
+
+
+def parse_strengths(text: str, count: int) -> list[float]:
+    """Returns `count` strengths from "0.7, 0.3": one for each, or one for all; nothing means 1.
+
+    Raises:
+        DiffScalerError: Another number of strengths, or something that is no number.
+    """
+    numbers = [_number(word, f"strengths {text!r}") for word in re.split(r"[,;\s]+", text) if word]
+    if len(numbers) <= 1:
+        return (numbers or [1.0]) * count
+    if len(numbers) != count:
+        raise DiffScalerError(
+            f"{len(numbers)} strengths for {count} tasks: write one number for each task "
+            f"(such as '{', '.join(['1.0'] * count)}'), one for all, or none"
+        )
+    return numbers
+
+
+def parse_block_weights(text: str) -> dict[str, float]:
+    """Returns {pattern: factor} for `scale_task(layers=…)` from lines such as "0-5: 0.5".
+
+    A line is `which: factor`; the first line that matches a layer decides, other layers keep 1.
+    Which:
+
+    - `3` or `0-5`: blocks by number, in every list of blocks;
+    - `transformer_blocks.3`, `transformer_blocks.0-5`: the same in one list;
+    - `attn` or `attn.to_q`: layers with these names in their path;
+    - anything else: a regular expression for the whole name.
+
+    Empty lines and what follows a # are left out.
+
+    Raises:
+        DiffScalerError: A line that cannot be read; the message names it.
+    """
+    weights: dict[str, float] = {}
+    for row, line in enumerate(text.splitlines(), start=1):
+        line = line.partition("#")[0].strip()
+        if not line:
+            continue
+        where = f"line {row} of the block strengths, {line!r}"
+        which, colon, number = line.rpartition(":")
+        if not colon or not which.strip():
+            raise DiffScalerError(f"{where}: write 'which: factor', such as '0-5: 0.5'")
+        weights.setdefault(_pattern(which.strip(), where), _number(number.strip(), where))
+    return weights
+
+
+def _pattern(which: str, where: str) -> str:
+    numbered = _RANGE.fullmatch(which)
+    if numbered:
+        first = int(numbered["first"])
+        last = int(numbered["last"] or first)
+        if not first <= last < _MOST_BLOCKS:
+            raise DiffScalerError(f"{where}: blocks {first} to {last} is no range")
+        blocks = "|".join(map(str, range(first, last + 1)))
+        if numbered["list"]:
+            return rf"(.*\.)?{re.escape(numbered['list'])}\.({blocks})(\..*)?"
+        return rf"([A-Za-z_]\w*\.)+?({blocks})(\..*)?"
+    if _PLAIN.fullmatch(which):
+        return rf"(.*\.)?{re.escape(which)}(\..*)?"
+    try:
+        re.compile(which)
+    except re.error as error:
+        raise DiffScalerError(f"{where}: no block, no name and no pattern: {error}") from error
+    return which
+
+
+def _number(word: str, where: str) -> float:
+    try:
+        number = float(word)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise DiffScalerError(f"{where}: {word!r} is no number")
+    return number

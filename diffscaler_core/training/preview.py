@@ -1,0 +1,126 @@
+"""A few pictures from a base with whatever tasks are attached: what training looks at on the way.
+
+One deterministic sampler serves every objective: a prediction is separated into (x0, ε) and mixed
+again at the next, lower noise. For a flow that is Euler's step, for a DDPM it is DDIM
+(arXiv:2010.02502, Eq. 12 with η = 0).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attach import attach
+from ..task import TaskAdapter
+from .conditioning import Prompts
+from .denoiser import Condition, Denoiser
+from .frozen import frozen
+from .objective import separate, shifted, spread
+
+
+@torch.no_grad()
+def sample_latents(
+    denoiser: Denoiser,
+    condition: Condition,
+    null: Condition,
+    noise: Tensor,
+    *,
+    steps: int = 20,
+    guidance: float = 3.5,
+    shift: float = 3.0,
+) -> Tensor:
+    """Returns clean latents shaped like `noise` (B, C, h, w).
+
+    Args:
+        denoiser: The base; tasks attached to its model take part.
+        condition: One row per sample.
+        null: The null prompt, one row per sample.
+        noise: Where sampling starts, standard normal.
+        steps: How many predictions (twice as many rows with guidance).
+        guidance: Classifier-free guidance (arXiv:2207.12598); 1: none.
+        shift: Moves the flow's times towards noise; see `objective.shifted`.
+    """
+    objective, x = denoiser.objective, noise.to(denoiser.device)
+    times = torch.linspace(1, 0, steps + 1, device=x.device)
+    times = shifted(times, shift) if objective.is_flow else times
+    guided = guidance != 1 and bool(condition)
+    for now, after in itertools.pairwise(times):
+        timestep, alpha, sigma = objective.at(now.expand(len(x)))
+        if guided:
+            both = {k: torch.cat([null[k].to(v), v]) for k, v in condition.items()}
+            output = denoiser.predict(torch.cat([x, x]), torch.cat([timestep, timestep]), both)
+            without, with_prompt = objective.mean(output.float()).chunk(2)
+            prediction = without + guidance * (with_prompt - without)
+        else:
+            prediction = objective.mean(denoiser.predict(x, timestep, condition).float())
+        x0, eps = separate(objective.kind, prediction, x, alpha, sigma)
+        if after == 0:
+            return x0
+        _, alpha, sigma = objective.at(after.expand(len(x)))
+        x = spread(alpha, x) * x0 + spread(sigma, x) * eps
+    return x
+
+
+def preview(
+    denoiser: Denoiser,
+    task: TaskAdapter,
+    prompts: Prompts,
+    shape: tuple[int, int, int],
+    *,
+    per_prompt: int = 1,
+    seed: int = 0,
+    **sampling: Any,
+) -> list[Tensor]:
+    """Returns pictures of every prompt with the task on, (3, H, W) in −1..1, prompt by prompt.
+
+    Args:
+        denoiser: The base.
+        task: What to attach.
+        prompts: The prompts to show.
+        shape: Of one latent, (C, h, w).
+        per_prompt: Pictures per prompt.
+        seed: Seed of the noise; the same seed starts each preview from the same noise.
+        sampling: As in `sample_latents`.
+    """
+    prompts = prompts.to(denoiser.device)
+    index = torch.arange(len(prompts.names)).repeat_interleave(per_prompt)
+    noise = torch.randn(len(index), *shape, generator=torch.Generator().manual_seed(seed))
+    pictures: list[Tensor] = []
+    with (
+        frozen(denoiser.model),
+        attach(denoiser.model, task, component=denoiser.component),
+        torch.no_grad(),
+    ):
+        for rows in index.split(16):
+            own = rows.to(denoiser.device)
+            part = noise[len(pictures) : len(pictures) + len(rows)]
+            condition, null = prompts(own), prompts.null(len(rows))
+            latents = sample_latents(denoiser, condition, null, part, **sampling)
+            pixels = denoiser.decode(latents) if denoiser.decode else latents.clamp(-1, 1)
+            pictures += list(pixels.cpu())
+    return pictures
+
+
+def grid(pictures: Sequence[Tensor], columns: int) -> Any:
+    """Returns pictures side by side as one Pillow image, row by row."""
+    from PIL import Image
+
+    images = [to_image(picture) for picture in pictures]
+    width, height = images[0].size
+    columns = min(columns, len(images))
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet
+
+
+def to_image(picture: Tensor) -> Any:
+    """Returns (3 or 1, H, W) in −1..1 as a Pillow image."""
+    from PIL import Image
+
+    pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)

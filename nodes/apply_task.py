@@ -1,0 +1,53 @@
+"""Puts a task on a model."""
+
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+
+from ..diffscaler_core import TaskAdapter
+from .edge_types import CATEGORY, Task
+from .inputs import component_input, part_inputs, range_inputs, strength_input
+from .patching import apply_task
+
+
+class DiffScalerApplyTask(io.ComfyNode):
+    """One task on a model; the nodes can follow each other."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Returns what ComfyUI shows of this node."""
+        return io.Schema(
+            node_id="DiffScalerApplyTask",
+            display_name="Apply DiffScaler Task",
+            category=CATEGORY,
+            description="Runs a task on a frozen model. No weight of the model changes, so a new "
+            "strength takes effect at once. Several of these nodes in a row add up, in any order.",
+            search_aliases=["diffscaler", "apply adapter", "task adapter", "affiner", "lora"],
+            inputs=[
+                io.Model.Input("model", tooltip="The diffusion model the task was made for."),
+                Task.Input("task", tooltip="The task to run."),
+                strength_input("How strongly the task acts: 1 is as trained, 0 the model alone."),
+                *range_inputs(),
+                *part_inputs(),
+                component_input(),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model with the task.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        task: TaskAdapter,
+        strength: float,
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
+        scale: float = 1.0,
+        shift: float = 1.0,
+        subspace: float = 1.0,
+        component: str = "auto",
+    ) -> io.NodeOutput:
+        """Runs the node."""
+        parts = {"scale": scale, "shift": shift, "subspace": subspace}
+        strengths = {part: strength * factor for part, factor in parts.items()}
+        chosen = None if component == "auto" else component
+        return io.NodeOutput(apply_task(model, task, strengths, start_percent, end_percent, chosen))

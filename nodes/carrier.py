@@ -1,0 +1,255 @@
+"""Tasks on one model object: their parameters, their stacks, and the override for one model call.
+
+While a scope is open, the call `layer(x)` of each target layer yields y + Σ wₖ Δₖ(x, y) instead of
+y. Nothing else in the model ever changes: no module is replaced, no weight patched, no attribute
+left behind. Layers are found by name in the model that is really being called, never remembered
+from another one.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..diffscaler_core import AffinerStack, MismatchError
+from ..diffscaler_core.affiner import Affiner, affiner_from
+from ..diffscaler_core.errors import first_names
+from ..diffscaler_core.targets import bias_of, geometry_of, resolve
+from .keymap import native_row_layout
+
+logger = logging.getLogger(__name__)
+
+_RUNNING = "_diffscaler_running"
+
+
+class TaskParameters(nn.Module):
+    """One task's affiners under a model's own layer names: what ComfyUI moves and counts.
+
+    Every parameter is registered on this one module, so that ComfyUI loads all of them or none.
+
+    Args:
+        layers: Layer of the model -> tensors of its affiner.
+        info: The task's facts (activation, gain, …).
+    """
+
+    def __init__(self, layers: Mapping[str, Mapping[str, Tensor]], info: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._info = dict(info)
+        self.affiners: dict[str, Affiner] = {}
+        self.carriers: weakref.WeakSet[Carrier] = weakref.WeakSet()
+        for layer, tensors in layers.items():
+            self.affiners[layer] = affiner = affiner_from(tensors, info)
+            for part, parameter in affiner.tensors().items():
+                self.register_parameter(f"{layer.replace('.', '/')}/{part}", parameter)
+        weakref.finalize(self, _close_all, self.carriers).atexit = False
+
+    def copy(self) -> TaskParameters:
+        """Returns the same parameters once more, to be held on another device."""
+        return TaskParameters({n: a.tensors() for n, a in self.affiners.items()}, self._info)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Registers a parameter, also one that takes another's place; the affiner follows."""
+        super().register_parameter(name, param)
+        layer, _, part = name.rpartition("/")
+        affiner = self.affiners[layer.replace("/", ".")]
+        if getattr(affiner, part) is not param:
+            setattr(affiner, part, param)
+            self._unsettle()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TaskParameters:
+        before = self.device_held
+        super()._apply(fn, recurse)
+        if self.device_held != before:
+            self._unsettle()
+        return self
+
+    @property
+    def device_held(self) -> torch.device | None:
+        """Where the parameters are now."""
+        first = next(self.parameters(), None)
+        return None if first is None else first.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parameters."""
+        return sum(p.numel() * p.element_size() for p in self.parameters())
+
+    @property
+    def folded_bytes(self) -> int:
+        """Bytes of what was computed from the parameters for the models that ran them."""
+        return sum(carrier.folded_bytes // carrier.tasks for carrier in self.carriers)
+
+    def _unsettle(self) -> None:
+        for carrier in list(self.carriers):
+            carrier.unsettle()
+
+
+class Carrier:
+    """One combination of tasks on one model object.
+
+    Args:
+        model: ComfyUI's BaseModel.
+        tasks: The tasks' parameters, in the order of the strengths.
+        check: True: log once which layers the first call never reached.
+
+    Raises:
+        MismatchError: The model lacks a layer.
+    """
+
+    def __init__(
+        self, model: nn.Module, tasks: Sequence[TaskParameters], check: bool = True
+    ) -> None:
+        names = list(dict.fromkeys(name for task in tasks for name in task.affiners))
+        found = {name: resolve(model, name) for name in names}
+        missing = [name for name, module in found.items() if module is None]
+        if missing:
+            raise MismatchError(
+                f"this {type(model).__name__} has no {first_names(missing)}; "
+                f"another node replaced these layers, apply the task to the model before it"
+            )
+        self.tasks = len(tasks)
+        self._modules: dict[str, nn.Module] = {n: m for n, m in found.items() if m is not None}
+        self._stacks = {name: self._stack(model, name, tasks) for name in names}
+        self._forwards: dict[str, tuple[Any, Callable[..., Tensor]]] = {}
+        self._weights: Tensor | None = None
+        self._place: tuple[torch.device, torch.dtype] | None = None
+        self._unchecked = check
+        self.closed = False
+        for task in tasks:
+            task.carriers.add(self)
+
+    def _stack(self, model: nn.Module, name: str, tasks: Sequence[TaskParameters]) -> AffinerStack:
+        module = self._modules[name]
+        slots = [slot for slot, task in enumerate(tasks) if name in task.affiners]
+        affiners = [tasks[slot].affiners[name] for slot in slots]
+        scales = any(a.scale is not None and not a.scale_includes_bias for a in affiners)
+        bias = _bias(name, module) if scales else None
+        layout = native_row_layout(model, name)
+        return AffinerStack(name, affiners, slots, bias, geometry_of(module), layout)
+
+    @property
+    def folded_bytes(self) -> int:
+        """Bytes held beside the parameters."""
+        return sum(stack.folded_bytes for stack in self._stacks.values())
+
+    def prepare(self, weights: Tensor, device: torch.device, dtype: torch.dtype) -> bool:
+        """Puts strengths in force and computes what follows; says whether it had to start anew.
+
+        Args:
+            weights: (K, 3) for the whole batch or (B, K, 3) for rows, on the CPU.
+            device: Where the model runs.
+            dtype: What it computes in.
+        """
+        if self._weights is None or not torch.equal(self._weights, weights):
+            for stack in self._stacks.values():
+                stack.set_weights(weights)
+            self._weights = weights
+        if self._place == (device, dtype):
+            return False
+        for stack in self._stacks.values():
+            stack.settle(device, dtype)
+        self._place = (device, dtype)
+        return True
+
+    def unsettle(self) -> None:
+        """Drops what was computed; the next call computes it again."""
+        for stack in self._stacks.values():
+            stack.unsettle()
+        self._place = None
+
+    def close(self) -> None:
+        """Lets go of everything, because a task is gone."""
+        self._stacks, self._modules, self._forwards = {}, {}, {}
+        self.closed = True
+
+    @contextmanager
+    def running(self, model: nn.Module, compiled: bool = False) -> Iterator[None]:
+        """A scope in which the model runs the tasks; whatever happens inside, it ends as it began.
+
+        Args:
+            model: The model, the one this carrier was made for.
+            compiled: True: the call runs compiled code; a check would have it compiled anew.
+        """
+        check = self._unchecked and not compiled
+        silent = set(self._modules) if check else set()
+        before: list[tuple[nn.Module, Any]] = []
+        model.__dict__[_RUNNING] = True
+        try:
+            for name, module in self._modules.items():
+                own = module.__dict__.get("forward")
+                before.append((module, own))
+                forward = self._forward(name, module, own)
+                module.__dict__["forward"] = _noting(forward, silent, name) if check else forward
+            yield
+        finally:
+            for module, own in reversed(before):
+                if own is None:
+                    module.__dict__.pop("forward", None)
+                else:
+                    module.__dict__["forward"] = own
+            model.__dict__.pop(_RUNNING, None)
+        if check:
+            self._unchecked = False
+            _report_silent(model, silent)
+
+    def _forward(self, name: str, module: nn.Module, own: Any) -> Callable[..., Tensor]:
+        """Returns the layer's override, the same object every call, so that nothing recompiles."""
+        known = self._forwards.get(name)
+        if known is None or known[0] is not own:
+            self._forwards[name] = known = (own, _override(module.forward, self._stacks[name]))
+        return known[1]
+
+
+def is_running(model: nn.Module) -> bool:
+    """Says whether a scope is open on this model object."""
+    return _RUNNING in model.__dict__
+
+
+def _override(original: Callable[..., Tensor], stack: AffinerStack) -> Callable[..., Tensor]:
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        y = original(*args, **kwargs)
+        return stack(args[0] if args else kwargs["input"], y)  # type: ignore[no-any-return]
+
+    return forward
+
+
+def _noting(forward: Callable[..., Tensor], silent: set[str], name: str) -> Callable[..., Tensor]:
+    def noting(*args: Any, **kwargs: Any) -> Tensor:
+        silent.discard(name)
+        return forward(*args, **kwargs)
+
+    return noting
+
+
+def _report_silent(model: nn.Module, silent: set[str]) -> None:
+    if silent:
+        logger.warning(
+            "%d layers of this %s were never called, so the task has no effect there (first %s); "
+            "some int8 kernels read a layer's weight past the layer: use an fp8 or 16-bit file of "
+            "this model if the picture lacks the task",
+            len(silent),
+            type(model).__name__,
+            first_names(sorted(silent)),
+        )
+
+
+def _bias(name: str, module: Any) -> Tensor | None:
+    """Returns the bias the layer will really add: ComfyUI patches offloaded ones on the fly."""
+    bias = bias_of(name, module)
+    if bias is None:
+        return None
+    late = getattr(module, "bias_lowvram_function", None)
+    for patch in [*([late] if late is not None else []), *getattr(module, "bias_function", ())]:
+        bias = patch(bias)
+    return bias
+
+
+def _close_all(carriers: weakref.WeakSet[Carrier]) -> None:
+    for carrier in list(carriers):
+        carrier.close()

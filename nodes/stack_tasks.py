@@ -1,0 +1,48 @@
+"""Puts several tasks on a model at once."""
+
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+
+from ..diffscaler_core.strengths import parse_strengths
+from .edge_types import CATEGORY
+from .inputs import component_input, strengths_input, task_list_input
+from .patching import apply_tasks
+
+
+class DiffScalerStackTasks(io.ComfyNode):
+    """A growing list of tasks on a model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Returns what ComfyUI shows of this node."""
+        return io.Schema(
+            node_id="DiffScalerStackTasks",
+            display_name="Stack DiffScaler Tasks",
+            category=CATEGORY,
+            description="Runs several tasks on a model at once. They add up, and their order does "
+            "not matter. The same as Apply DiffScaler Task several times in a row.",
+            search_aliases=["diffscaler", "stack adapters", "several tasks", "lora stack", "mix"],
+            inputs=[
+                io.Model.Input("model", tooltip="The diffusion model the tasks were made for."),
+                task_list_input("A task to run; connect one and a slot for the next appears."),
+                strengths_input(),
+                component_input(),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The model with all the tasks.")
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        tasks: io.Autogrow.Type,
+        strengths: str = "",
+        component: str = "auto",
+    ) -> io.NodeOutput:
+        """Runs the node."""
+        connected = [task for task in tasks.values() if task is not None]
+        numbers = parse_strengths(strengths or "", len(connected))
+        chosen = None if component == "auto" else component
+        return io.NodeOutput(apply_tasks(model, connected, numbers, chosen))

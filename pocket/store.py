@@ -1,0 +1,92 @@
+"""Reads and writes the pocket base's files, in the key names that both hosts load."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderTiny, SD3Transformer2DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+# SD3's latent format, the same in both hosts: model space = (latent - SHIFT) * SCALE.
+SCALE, SHIFT = 1.5305, 0.0609
+TRANSFORMER = "diffusion_models/diffscaler_pocket.safetensors"
+CONFIG = "transformer/config.json"
+VAE = "vae/diffscaler_pocket_vae.safetensors"
+CONDITIONINGS = "conditionings.safetensors"
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes to a temporary neighbour, then renames: a reader never meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    write(temporary)
+    os.chmod(temporary, 0o644)  # safetensors writes for the owner alone
+    os.replace(temporary, path)
+
+
+def _half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().to(torch.float16).contiguous() for name, t in tensors.items()}
+
+
+def save_vae(model: AutoencoderTiny, folder: Path) -> None:
+    """ComfyUI's single TAESD file; its decoder counts the clamp as layer 0, diffusers does not."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.encoder.layers.state_dict().items():
+        tensors[f"taesd_encoder.{name}"] = tensor
+    for name, tensor in model.decoder.layers.state_dict().items():
+        index, rest = name.split(".", 1)
+        tensors[f"taesd_decoder.{int(index) + 1}.{rest}"] = tensor
+    tensors = _half(tensors)
+    # float32: half precision would round these two to 1.5303 and 0.0609.
+    tensors |= {"vae_scale": torch.tensor(SCALE), "vae_shift": torch.tensor(SHIFT)}
+    metadata = {"format": "pt", "modelspec.title": "DiffScaler pocket VAE"}
+    replace_file(folder / VAE, lambda path: save_file(tensors, path, metadata))
+
+
+def load_vae(folder: Path) -> AutoencoderTiny:
+    """The VAE for diffusers, float32.
+
+    Its latents are model space, so scaling is 1 and shift 0: diffusers then feeds the decoder the
+    same numbers as ComfyUI, whose latent format and vae_scale/vae_shift cancel out.
+    """
+    model = AutoencoderTiny(latent_channels=16, scaling_factor=1.0, shift_factor=0.0)
+    state: dict[str, Tensor] = {}
+    for name, tensor in load_file(folder / VAE).items():
+        part, _, rest = name.partition(".")
+        if part == "taesd_encoder":
+            state[f"encoder.layers.{rest}"] = tensor.float()
+        elif part == "taesd_decoder":
+            index, rest = rest.split(".", 1)
+            state[f"decoder.layers.{int(index) - 1}.{rest}"] = tensor.float()
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def save_transformer(model: SD3Transformer2DModel, state: dict[str, Tensor], folder: Path) -> None:
+    """Weights (any values for the model's own names) under diffusers' names, and the config."""
+    metadata = {"format": "pt", "modelspec.title": "DiffScaler pocket base"}
+    tensors = _half(state)
+    replace_file(folder / TRANSFORMER, lambda path: save_file(tensors, path, metadata))
+    text = model.to_json_string()
+    replace_file(folder / CONFIG, lambda path: path.write_text(text))
+
+
+def load_transformer(folder: Path) -> SD3Transformer2DModel:
+    """The base for diffusers, float32."""
+    config = json.loads((folder / CONFIG).read_text())
+    model = SD3Transformer2DModel.from_config(config)
+    model.load_state_dict({k: t.float() for k, t in load_file(folder / TRANSFORMER).items()})
+    return model.eval()
+
+
+def save_conditionings(words: list[str], context: Tensor, pooled: Tensor, folder: Path) -> None:
+    """Words (first the null word ""), context (N, L, D) and pooled (N, P), float32."""
+    tensors = {"context": context.detach().float().contiguous(),
+               "pooled": pooled.detach().float().contiguous()}
+    metadata = {"format": "pt", "words": json.dumps(words)}
+    replace_file(folder / CONDITIONINGS, lambda path: save_file(tensors, path, metadata))
