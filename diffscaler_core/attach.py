@@ -120,9 +120,14 @@ class Attachment(nn.Module):
             stack.set_weights(now)
 
     def requires_grad_(self, requires_grad: bool = True) -> Attachment:
-        """Makes all parameters trainable, or frozen again."""
+        """Makes all parameters trainable, or frozen again.
+
+        Training changes copies: the task that was attached stays as it is, `task()` returns the new.
+        """
         for stack in self._stacks():
             stack.unsettle()  # what was folded before the training is out of date after it
+        for parameter in self.parameters() if requires_grad else ():
+            parameter.data = parameter.data.clone()
         super().requires_grad_(requires_grad)
         return self
 

@@ -153,7 +153,7 @@ class ModelState:
             )
 
     def _qkv_owners(self) -> list[nn.Module]:
-        names = [stack.name for stack in self.attachment.stacks] if self.attachment else []
+        names = [str(s.name) for s in self.attachment.stacks] if self.attachment else []
         parents = {n.rpartition(".")[0] for n in names if n.rpartition(".")[2] in QKV}
         owners = (resolve(self.model, parent) for parent in parents if parent)
         return [owner for owner in owners if owner is not None]

@@ -69,7 +69,7 @@ def load_pipeline(
         text_encoder_3=None,
         tokenizer_3=None,
     )
-    return pipe.to(dtype)
+    return pipe if dtype == torch.float32 else pipe.to(dtype)
 
 
 def load_words(folder: str | Path) -> dict[str, Prompt]:

@@ -60,7 +60,7 @@ def train(
     prompts: Annotated[str, _option("auto, stored, learned, encoded.", _SHOWN)] = _DEFAULT.prompts,
     words: Annotated[Path | None, _option("File of stored prompts.", _SHOWN)] = None,
     drop: Annotated[float, _option("Share of prompts left out.", _SHOWN)] = _DEFAULT.drop,
-    timesteps: Annotated[str, _option("logit_normal or uniform.", _SHOWN)] = _DEFAULT.timesteps,
+    timesteps: Annotated[str, _option("auto, logit_normal, uniform.", _SHOWN)] = _DEFAULT.timesteps,
     weighting: Annotated[str, _option("none, min_snr, cosmap.", _SHOWN)] = _DEFAULT.weighting,
     dtype: Annotated[str, _option("Of the base: float32, bfloat16, float16.", _RUN)] = "float32",
     precision: Annotated[str, _option("no, or bf16 (autocast).", _RUN)] = _DEFAULT.precision,

@@ -41,7 +41,8 @@ class TrainingConfig:
         drop: Share of prompts replaced by the null prompt, for classifier-free guidance.
         prompts: Where prompts come from; see `conditioning.prompts_for`.
         prompt_noise: What tells new learned prompts apart at the start.
-        timesteps: "logit_normal" or "uniform"; see `objective.draw_times`.
+        timesteps: "logit_normal", "uniform", or "auto": the first for a flow, the second for a
+            DDPM; see `objective.draw_times`.
         timestep_mean, timestep_std, timestep_shift, timestep_uniform: Its settings.
         weighting: Loss weighting; see `objective.loss_weights`.
 
@@ -69,7 +70,7 @@ class TrainingConfig:
     drop: float = 0.1
     prompts: str = "auto"
     prompt_noise: float = 0.02
-    timesteps: str = "logit_normal"
+    timesteps: str = "auto"
     timestep_mean: float = 0.0
     timestep_std: float = 1.0
     timestep_shift: float = 1.0
@@ -85,7 +86,7 @@ class TrainingConfig:
             "method": METHODS,
             "schedule": SCHEDULES,
             "precision": PRECISIONS,
-            "timesteps": TIMESTEPS,
+            "timesteps": ("auto", *TIMESTEPS),
             "weighting": WEIGHTINGS,
             "prompts": SOURCES,
         }

@@ -76,6 +76,7 @@ def as_denoiser(base: Any) -> Denoiser:
     family = family_of(type(model).__name__)
     if family.name not in _CALLS:
         raise unknown("family to train:", family.name, _CALLS)
+    _refuse_extra_conditions(family, model)
     vae = getattr(base, "vae", None)
     call, fields = _CALLS[family.name]
     texts = _TEXTS.get(family.name)
@@ -114,6 +115,16 @@ def objective_of(family: Family, model: Any, scheduler: Any = None) -> Objective
     inputs, outputs = int(model.config.in_channels), int(model.config.out_channels or 0)
     learned_sigma = family.learned_sigma and outputs == 2 * inputs
     return Objective(kind, family.timestep_scale, ddpm.alphas_cumprod, learned_sigma)
+
+
+def _refuse_extra_conditions(family: Family, model: Any) -> None:
+    added = getattr(model.config, "addition_embed_type", None)  # SDXL's sizes and pooled text
+    sized = getattr(model, "use_additional_conditions", False)  # PixArt-α at 1024 pixels
+    if added or sized:
+        raise DiffScalerError(
+            f"this {type(model).__name__} ({family.title}) is told picture sizes as well, which "
+            f"training here does not give it yet"
+        )
 
 
 def _sd3(model: Any, x: Tensor, t: Tensor, c: Condition) -> Tensor:

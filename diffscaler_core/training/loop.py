@@ -188,10 +188,12 @@ class _Run:
     def batch_loss(self) -> Tensor:
         """Draws one batch and returns its mean loss."""
         config, generator = self.config, self.generator
+        objective = self.denoiser.objective
+        usual = "logit_normal" if objective.is_flow else "uniform"
         x0, index = self.data.batch(config.batch, generator)
         t = draw_times(
             config.batch,
-            config.timesteps,
+            usual if config.timesteps == "auto" else config.timesteps,
             mean=config.timestep_mean,
             std=config.timestep_std,
             shift=config.timestep_shift,
@@ -202,7 +204,6 @@ class _Run:
         dropped = torch.rand(config.batch, generator=generator) < config.drop
         drawn = [self._own(tensor) for tensor in (x0, index, t, noise, dropped)]
         x0, index, t, noise, dropped = drawn
-        objective = self.denoiser.objective
         timestep, x_t = objective.noisy(x0, noise, t)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             output = self.denoiser.predict(x_t, timestep, self.prompts(index, dropped))
@@ -229,7 +230,7 @@ class _Run:
         return drawn.to(self.device)
 
     def _facts(self) -> dict[str, Any]:
-        """The settings that shaped the run, those at their defaults left out, and what came of it."""
+        """Returns settings that differ from the defaults, a few always, and what came of them."""
         settings, default = asdict(self.config), asdict(TrainingConfig())
         elsewhere = ("name", "method", "rank")  # the task says these itself
         always = ("steps", "batch", "lr", "lr_scale_shift", "seed")

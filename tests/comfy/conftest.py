@@ -241,6 +241,7 @@ class Tiny:
 @pytest.fixture(scope="session")
 def tiny(comfy: ModuleType, pack: ModuleType, tiny_models: Path) -> Tiny:
     """Tiny models and short ways to run them."""
+    torch.set_num_threads(1)  # their layers are too small to share
     return Tiny(comfy, pack)
 
 

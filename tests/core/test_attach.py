@@ -432,6 +432,21 @@ def model_without(model, x, attachment):
     return model(x)
 
 
+def test_training_leaves_the_attached_task_as_it_was(model, x, make):
+    task = make(0)
+    before = {layer: {n: t.clone() for n, t in own.items()} for layer, own in task.layers.items()}
+    with attach(model, task) as attachment:
+        attachment.requires_grad_()
+        model(x).square().sum().backward()
+        torch.optim.SGD(attachment.parameters(), 0.1).step()
+        trained = attachment.task().layers
+    for layer, own in before.items():
+        assert all(torch.equal(task.layers[layer][n], t) for n, t in own.items())
+    assert any(
+        not torch.equal(trained[k][n], t) for k, own in before.items() for n, t in own.items()
+    )
+
+
 def test_a_saved_task_is_a_copy_of_the_trained_values(model, make):
     with attach(model, {"a": make(0), "b": make(1)}) as attachment:
         saved = attachment.task("b")
