@@ -140,6 +140,7 @@ _ROWS = (
         "pos_embed.proj",
         objective="v",
         learned_sigma=True,
+        row_layouts={r"text_embedder\..*": "fold"},
         modelspec="hunyuan-dit",
     ),
     Family(

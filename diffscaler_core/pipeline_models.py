@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -61,16 +62,23 @@ def check_unfused(pipe: Any, what: str, names: Sequence[str] | None = None, hint
 
 
 def weight_in(component: str, weight: Any) -> Weight:
-    """Returns what a strength means for one component: a number, or {part: number}."""
-    if isinstance(weight, Mapping):
-        known = COMPONENTS if any(key in COMPONENTS for key in weight) else PARTS
-        if odd := [key for key in weight if key not in known]:
-            raise UnknownNameError(
-                f"unknown part {odd[0]!r} of a strength; known: {', '.join(known)}"
-            )
-        if known is COMPONENTS:
-            return weight_in(component, weight.get(component))
-    return 1.0 if weight is None else weight
+    """Returns what a strength means for one component: a number, or {part: number}.
+
+    Raises:
+        UnknownNameError: It is a mapping with other keys than parts or components.
+        DiffScalerError: It is no finite number.
+    """
+    if not isinstance(weight, Mapping):
+        weight = 1.0 if weight is None else float(weight)
+        if not math.isfinite(weight):
+            raise DiffScalerError(f"a strength must be a finite number, got {weight}")
+        return weight  # type: ignore[no-any-return]
+    known = COMPONENTS if any(key in COMPONENTS for key in weight) else PARTS
+    if odd := [key for key in weight if key not in known]:
+        raise UnknownNameError(f"unknown part {odd[0]!r} of a strength; known: {', '.join(known)}")
+    if known is COMPONENTS:
+        return weight_in(component, weight.get(component))
+    return {part: float(weight_in(component, w)) for part, w in weight.items()}  # type: ignore
 
 
 def read_task(source: Source, **where: Any) -> TaskAdapter:

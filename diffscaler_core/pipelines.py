@@ -270,10 +270,10 @@ def add_methods(*functions: Callable[..., Any]) -> None:
     Raises:
         DiffScalerError: diffusers, or somebody else, uses one of the names already.
     """
-    package = __name__.partition(".")[0] + "."
     for function in functions:
         there = getattr(DiffusionPipeline, function.__name__, function)
-        if not str(getattr(there, "__module__", "")).startswith(package):
+        # as a node pack, or reloaded, this very package has another name or other functions
+        if "diffscaler_core" not in str(getattr(there, "__module__", "")).split("."):
             raise DiffScalerError(
                 f"DiffusionPipeline.{function.__name__} exists already, from "
                 f"{getattr(there, '__module__', 'elsewhere')}; use the function of "

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .affiner import ConvGeometry
 from .errors import DiffScalerError, MismatchError
 
-_MLP = r"(ff|ffn|ff_context|mlp|mlpX|mlpC|feed_forward|proj_mlp)"
+_MLP = r"(ff(_\w+)?|ffn|\w*mlp\w*|feed_forward)"
 #: Preset -> regular expression a target's path below its block must contain; None: no condition.
 PRESETS: dict[str, str | None] = {
     "blocks": None,

@@ -82,8 +82,9 @@ def glyph(word: str, font: str | None = None) -> Image.Image:
         raise FontMissingError(f"the font has no picture for {word!r}: use Noto Color Emoji")
     ink = big.crop(box)
     scale = 120 / max(ink.size)
-    ink = ink.resize((round(ink.width * scale), round(ink.height * scale)),
-                     Image.Resampling.LANCZOS)
+    ink = ink.resize(
+        (round(ink.width * scale), round(ink.height * scale)), Image.Resampling.LANCZOS
+    )
     out = Image.new("RGBA", (CANVAS, CANVAS), (0, 0, 0, 0))
     out.paste(ink, ((CANVAS - ink.width) // 2, (CANVAS - ink.height) // 2))
     return out
@@ -133,12 +134,17 @@ def _pose(word: str, rng: random.Random, font: str | None) -> Floats:
     cos, sin = np.cos(angle) * scale, np.sin(angle) * scale
     centre_x, centre_y = SIZE / 2 + shift_x, SIZE / 2 + shift_y
     matrix = (
-        mirror * cos, mirror * sin, CANVAS / 2 - mirror * (cos * centre_x + sin * centre_y),
-        -sin, cos, CANVAS / 2 - (-sin * centre_x + cos * centre_y),
+        mirror * cos,
+        mirror * sin,
+        CANVAS / 2 - mirror * (cos * centre_x + sin * centre_y),
+        -sin,
+        cos,
+        CANVAS / 2 - (-sin * centre_x + cos * centre_y),
     )
     source = glyph(word, font).convert("RGBa")
-    turned = source.transform((SIZE, SIZE), Image.Transform.AFFINE, matrix,
-                              Image.Resampling.BICUBIC)
+    turned = source.transform(
+        (SIZE, SIZE), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC
+    )
     pixels = np.asarray(turned, dtype=np.float32) / 255
     alpha = pixels[..., 3:]
     colour = pixels[..., :3] / np.maximum(alpha, 1e-3)
@@ -204,8 +210,10 @@ def _neon(pixels: Floats, rng: random.Random) -> Floats:
     """Tubes from magenta (top) to cyan (bottom), with their glow, on near-black."""
     tube = outline(_lifted(pixels))
     steps = np.linspace(0, 1, SIZE, dtype=np.float32)[:, None, None]
-    light = np.array([1.0, 0.16, 0.72], np.float32) * (1 - steps) + np.array(
-        [0.10, 0.85, 1.0], np.float32) * steps
+    light = (
+        np.array([1.0, 0.16, 0.72], np.float32) * (1 - steps)
+        + np.array([0.10, 0.85, 1.0], np.float32) * steps
+    )
     glow = (_blur(tube, 2.0) * 0.9 + _blur(tube, 6.0) * 0.8)[..., None]
     night = np.array([0.035, 0.02, 0.08], np.float32) * rng.uniform(0.8, 1.2)
     return night + light * (tube[..., None] * 0.7 + glow * 0.55) + (tube[..., None] ** 2) * 0.25
@@ -221,8 +229,9 @@ def _blueprint(pixels: Floats, rng: random.Random) -> Floats:
     return sheet * (1 - pen) + np.array([0.93, 0.96, 1.0], np.float32) * pen
 
 
-def draw(word: str, style: str = "plain", *, seed: int = 0, index: int = 0,
-         font: str | None = None) -> Image.Image:
+def draw(
+    word: str, style: str = "plain", *, seed: int = 0, index: int = 0, font: str | None = None
+) -> Image.Image:
     """One picture, RGB SIZE x SIZE, fixed by its arguments."""
     rng = random.Random(f"{seed}/{word}/{index}")
     pixels = _pose(word, rng, font)
@@ -240,13 +249,17 @@ def draw(word: str, style: str = "plain", *, seed: int = 0, index: int = 0,
     return Image.fromarray((np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8), "RGB")
 
 
-def draw_arrays(words: Sequence[str], style: str, per_word: int, seed: int,
-                font: str | None = None) -> NDArray[np.uint8]:
+def draw_arrays(
+    words: Sequence[str], style: str, per_word: int, seed: int, font: str | None = None
+) -> NDArray[np.uint8]:
     """Many pictures, word by word: (len(words) * per_word, SIZE, SIZE, 3) uint8."""
-    return np.stack([
-        np.asarray(draw(word, style, seed=seed, index=index, font=font))
-        for word in words for index in range(per_word)
-    ])
+    return np.stack(
+        [
+            np.asarray(draw(word, style, seed=seed, index=index, font=font))
+            for word in words
+            for index in range(per_word)
+        ]
+    )
 
 
 def sheet(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:

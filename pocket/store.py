@@ -86,7 +86,9 @@ def load_transformer(folder: Path) -> SD3Transformer2DModel:
 
 def save_conditionings(words: list[str], context: Tensor, pooled: Tensor, folder: Path) -> None:
     """Words (first the null word ""), context (N, L, D) and pooled (N, P), float32."""
-    tensors = {"context": context.detach().float().contiguous(),
-               "pooled": pooled.detach().float().contiguous()}
+    tensors = {
+        "context": context.detach().float().contiguous(),
+        "pooled": pooled.detach().float().contiguous(),
+    }
     metadata = {"format": "pt", "words": json.dumps(words)}
     replace_file(folder / CONDITIONINGS, lambda path: save_file(tensors, path, metadata))

@@ -37,9 +37,17 @@ class Base(nn.Module):
         """Builds it untrained; ComfyUI wants width = 64 * layers = 64 * heads."""
         super().__init__()
         self.transformer = SD3Transformer2DModel(
-            sample_size=16, patch_size=2, in_channels=16, out_channels=16, num_layers=3,
-            num_attention_heads=3, attention_head_dim=64, caption_projection_dim=192,
-            joint_attention_dim=WIDTH, pooled_projection_dim=POOLED, pos_embed_max_size=16,
+            sample_size=16,
+            patch_size=2,
+            in_channels=16,
+            out_channels=16,
+            num_layers=3,
+            num_attention_heads=3,
+            attention_head_dim=64,
+            caption_projection_dim=192,
+            joint_attention_dim=WIDTH,
+            pooled_projection_dim=POOLED,
+            pos_embed_max_size=16,
         )
         self.context = nn.Parameter(torch.randn(len(WORDS), LENGTH, WIDTH))
         self.pooled = nn.Parameter(torch.randn(len(WORDS), POOLED))
@@ -51,8 +59,9 @@ class Base(nn.Module):
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 nn.init.zeros_(module.bias)
-                if name == "proj_out" or name.endswith(("norm1.linear", "norm1_context.linear",
-                                                        "norm_out.linear")):
+                if name == "proj_out" or name.endswith(
+                    ("norm1.linear", "norm1_context.linear", "norm_out.linear")
+                ):
                     nn.init.zeros_(module.weight)
         # Positions one apart (the class spaces them 0.5): neighbours are easier to tell apart.
         grid = get_2d_sincos_pos_embed(192, 16, base_size=16, output_type="pt")
@@ -61,8 +70,11 @@ class Base(nn.Module):
     def forward(self, x: Tensor, t: Tensor, words: Tensor) -> Tensor:
         """Velocity at x (B, 16, h, w), t (B,) in 0..1, word indices (B,)."""
         return self.transformer(
-            hidden_states=x, timestep=t * 1000, encoder_hidden_states=self.context[words],
-            pooled_projections=self.pooled[words], return_dict=False,
+            hidden_states=x,
+            timestep=t * 1000,
+            encoder_hidden_states=self.context[words],
+            pooled_projections=self.pooled[words],
+            return_dict=False,
         )[0]
 
 
@@ -109,8 +121,9 @@ def show(model: Base, args: argparse.Namespace, path: Path, seed: int = 0) -> No
     vae = load_vae(args.out).to(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
         y = vae.decoder(sample(model, words, seed)).float().clamp(-1, 1)
-    images = [Image.fromarray(p.permute(1, 2, 0).add(1).mul(127.5).round().byte().numpy())
-              for p in y]
+    images = [
+        Image.fromarray(p.permute(1, 2, 0).add(1).mul(127.5).round().byte().numpy()) for p in y
+    ]
     sheet(images, 10).save(path)
 
 
@@ -179,8 +192,13 @@ def train(args: argparse.Namespace) -> None:
             print(f"step {step} {spent / 60:.1f} min loss {mean:.4f}", flush=True)
         if spent - saved > args.every * 60 or spent >= total:
             saved = spent
-            state = {"model": model.state_dict(), "ema": ema.state_dict(),
-                     "optimizer": optimizer.state_dict(), "step": step, "spent": spent}
+            state = {
+                "model": model.state_dict(),
+                "ema": ema.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step,
+                "spent": spent,
+            }
             replace_file(checkpoint, lambda path, state=state: torch.save(state, path))
             export(ema, args)
             show(ema, args, args.work / "base.png")

@@ -78,14 +78,15 @@ def words_task(folder: Path, denoiser: Denoiser) -> TaskAdapter:
     )
     spec = {
         "title": "Words",
-        "description": "Every word the pocket base knows, as stored prompts; \"\" is the null one.",
+        "description": 'Every word the pocket base knows, as stored prompts; "" is the null one.',
         "license": LICENSE,
     }
     return named.replace(modelspec=spec)
 
 
-def pictures(denoiser: Denoiser, words: tuple[str, ...], style: str, count: int,
-             seed: int) -> TrainingData:
+def pictures(
+    denoiser: Denoiser, words: tuple[str, ...], style: str, count: int, seed: int
+) -> TrainingData:
     """Drawn pictures as latents."""
     drawn = torch.from_numpy(draw_arrays(words, style, count, seed)).permute(0, 3, 1, 2)
     prompts = [word for word in words for _ in range(count)]
@@ -102,7 +103,7 @@ def split(name: str) -> tuple[tuple[str, ...], tuple[str, ...], str]:
     words, style = SETS[name]
     if JOBS[name].learned:
         return words, (), style
-    kept = words[HELD_OUT - 1::HELD_OUT]
+    kept = words[HELD_OUT - 1 :: HELD_OUT]
     return tuple(word for word in words if word not in kept), kept, style
 
 
@@ -118,8 +119,9 @@ def losses(denoiser: Denoiser, task: TaskAdapter, data: TrainingData, prompts: P
     return f"{base:.4f} -> {validation_loss(denoiser, data, prompts, task):.4f}"
 
 
-def train(name: str, denoiser: Denoiser, words: TaskAdapter,
-          args: argparse.Namespace) -> TaskAdapter:
+def train(
+    name: str, denoiser: Denoiser, words: TaskAdapter, args: argparse.Namespace
+) -> TaskAdapter:
     """Trains one job and prints what it did to pictures and words it never saw."""
     job, (seen, kept, style) = JOBS[name], split(name)
     data = pictures(denoiser, seen, style, job.per_word, seed=1)
@@ -134,8 +136,7 @@ def train(name: str, denoiser: Denoiser, words: TaskAdapter,
     task = train_task(denoiser, data, config, words=words, on_step=report)
     print(f"  {time.monotonic() - start:.0f} s")
     unseen = pictures(denoiser, seen, style, 2, seed=2)
-    told = prompts_for(denoiser, seen, "stored", words=task if job.learned else words,
-                       null=words)
+    told = prompts_for(denoiser, seen, "stored", words=task if job.learned else words, null=words)
     print(f"  unseen pictures: loss {losses(denoiser, task, unseen, told)}")
     if kept:
         data = pictures(denoiser, kept, style, 4, seed=2)
@@ -162,15 +163,17 @@ def finished(name: str, task: TaskAdapter, denoiser: Denoiser, words: TaskAdapte
     return task.replace(layers=halves, modelspec=spec).with_info(license=LICENSE)
 
 
-def prompts_of(denoiser: Denoiser, names: tuple[str, ...], task: TaskAdapter,
-               words: TaskAdapter) -> Prompts:
+def prompts_of(
+    denoiser: Denoiser, names: tuple[str, ...], task: TaskAdapter, words: TaskAdapter
+) -> Prompts:
     """Prompts of some names: the task's own where it stores them, else the base's words."""
     table = task if names[0] in task.prompts else words
     return prompts_for(denoiser, names, "stored", words=table, null=words)
 
 
-def sheet(name: str, task: TaskAdapter, denoiser: Denoiser, words: TaskAdapter,
-          args: argparse.Namespace) -> None:
+def sheet(
+    name: str, task: TaskAdapter, denoiser: Denoiser, words: TaskAdapter, args: argparse.Namespace
+) -> None:
     """Writes samples to look at; for a style: words it never saw below words it saw."""
     seen, kept, _ = split(name)
     names = seen if JOBS[name].learned else (*seen[:16], *kept[:16])
@@ -180,8 +183,9 @@ def sheet(name: str, task: TaskAdapter, denoiser: Denoiser, words: TaskAdapter,
     grid(shown, columns=8).save(args.work / f"task_{name}.png")
 
 
-def stack_sheet(subject: str, style: str, denoiser: Denoiser, words: TaskAdapter,
-                args: argparse.Namespace) -> None:
+def stack_sheet(
+    subject: str, style: str, denoiser: Denoiser, words: TaskAdapter, args: argparse.Namespace
+) -> None:
     """Writes a new subject in a new style: two tasks that never met, at strength 1 each."""
     tasks = [load_task(args.out / f"{name}.safetensors") for name in (subject, style)]
     names = SETS[subject][0]
@@ -196,16 +200,15 @@ def stack_sheet(subject: str, style: str, denoiser: Denoiser, words: TaskAdapter
 def main() -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    default = TrainingConfig()
     parser.add_argument("--base", type=Path, default=Path("assets/pocket"))
     parser.add_argument("--out", type=Path, default=Path("assets/pocket/diffscaler"))
     parser.add_argument("--work", type=Path, default=Path(".cache/pocket"))
     parser.add_argument("--only", nargs="+", choices=JOBS, default=list(JOBS))
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=default.lr)
-    parser.add_argument("--lr-scale-shift", type=float, default=default.lr_scale_shift)
-    parser.add_argument("--lr-prompts", type=float, default=default.lr_prompts)
+    parser.add_argument("--lr", type=float, default=6e-3)
+    parser.add_argument("--lr-scale-shift", type=float, default=1e-2)
+    parser.add_argument("--lr-prompts", type=float, default=5e-2)
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)

@@ -3,31 +3,76 @@
 from __future__ import annotations
 
 ANIMALS: dict[str, str] = {
-    "cat": "🐱", "dog": "🐶", "fox": "🦊", "bear": "🐻", "panda": "🐼", "frog": "🐸",
-    "pig": "🐷", "lion": "🦁", "rabbit": "🐰", "monkey": "🐵", "chick": "🐥", "owl": "🦉",
-    "penguin": "🐧", "fish": "🐠", "octopus": "🐙", "butterfly": "🦋", "turtle": "🐢",
-    "ladybug": "🐞", "whale": "🐳",
+    "cat": "🐱",
+    "dog": "🐶",
+    "fox": "🦊",
+    "bear": "🐻",
+    "panda": "🐼",
+    "frog": "🐸",
+    "pig": "🐷",
+    "lion": "🦁",
+    "rabbit": "🐰",
+    "monkey": "🐵",
+    "chick": "🐥",
+    "owl": "🦉",
+    "penguin": "🐧",
+    "fish": "🐠",
+    "octopus": "🐙",
+    "butterfly": "🦋",
+    "turtle": "🐢",
+    "ladybug": "🐞",
+    "whale": "🐳",
 }
 THINGS: dict[str, str] = {
-    "house": "🏠", "car": "🚗", "bus": "🚌", "rocket": "🚀", "sailboat": "⛵", "tree": "🌲",
-    "cactus": "🌵", "sunflower": "🌻", "mushroom": "🍄", "sun": "🌞", "moon": "🌙",
-    "star": "⭐", "umbrella": "☔", "key": "🔑", "bell": "🔔", "balloon": "🎈", "guitar": "🎸",
-    "clock": "⏰", "crown": "👑", "heart": "❤", "snowman": "⛄", "gift": "🎁",
+    "house": "🏠",
+    "car": "🚗",
+    "bus": "🚌",
+    "rocket": "🚀",
+    "sailboat": "⛵",
+    "tree": "🌲",
+    "cactus": "🌵",
+    "sunflower": "🌻",
+    "mushroom": "🍄",
+    "sun": "🌞",
+    "moon": "🌙",
+    "star": "⭐",
+    "umbrella": "☔",
+    "key": "🔑",
+    "bell": "🔔",
+    "balloon": "🎈",
+    "guitar": "🎸",
+    "clock": "⏰",
+    "crown": "👑",
+    "heart": "❤",
+    "snowman": "⛄",
+    "gift": "🎁",
 }
 # Shapes and letters have one colour each: the word alone fixes what is drawn.
 SHAPES: dict[str, tuple[int, int, int]] = {
-    "circle": (220, 50, 60), "square": (50, 100, 210), "triangle": (40, 150, 80),
+    "circle": (220, 50, 60),
+    "square": (50, 100, 210),
+    "triangle": (40, 150, 80),
 }
 LETTERS: dict[str, tuple[str, tuple[int, int, int]]] = {
-    "letter-a": ("A", (190, 40, 90)), "letter-b": ("B", (40, 80, 170)),
+    "letter-a": ("A", (190, 40, 90)),
+    "letter-b": ("B", (40, 80, 170)),
     "letter-k": ("K", (60, 60, 70)),
 }
 FRUITS: dict[str, str] = {
-    "apple": "🍎", "banana": "🍌", "strawberry": "🍓", "grapes": "🍇", "watermelon": "🍉",
+    "apple": "🍎",
+    "banana": "🍌",
+    "strawberry": "🍓",
+    "grapes": "🍇",
+    "watermelon": "🍉",
     "cherries": "🍒",
 }
 SMILEYS: dict[str, str] = {
-    "smile": "😀", "love": "😍", "cool": "😎", "cry": "😭", "angry": "😡", "sick": "🤢",
+    "smile": "😀",
+    "love": "😍",
+    "cool": "😎",
+    "cry": "😭",
+    "angry": "😡",
+    "sick": "🤢",
 }
 
 PICTOGRAPHS: dict[str, str] = {**ANIMALS, **THINGS, **FRUITS, **SMILEYS}

@@ -5,7 +5,7 @@ Everything here is made once per session and only for tests that ask for it.
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +23,12 @@ def _script(name: str) -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def script() -> Callable[[str], ModuleType]:
+    """Gives a module of scripts/ by name; those it imports must have been asked for before."""
+    return lambda name: sys.modules.get(name) or _script(name)
 
 
 comfy_http = _script("comfy_http")

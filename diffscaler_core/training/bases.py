@@ -40,7 +40,8 @@ def load_base(name: str, dtype: str = "float32", device: str = "auto") -> Any:
     else:
         pipe = _from_pretrained(name, folder)
     model = getattr(pipe, "transformer", None) or pipe.unet
-    model.to(DTYPES[dtype])
+    if model.dtype != DTYPES[dtype]:
+        model.to(DTYPES[dtype])
     return pipe.to(_device(device))
 
 

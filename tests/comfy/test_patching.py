@@ -366,11 +366,14 @@ def test_on_a_clone_for_another_gpu(tiny: Any) -> None:
     assert torch.equal(tiny.run(clone), tiny.run(patched))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile_first", [True, False])
 def test_under_torch_compile_strengths_change_without_recompiling(
-    tiny: Any, compile_first: bool
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, compile_first: bool
 ) -> None:
     import torch._dynamo
+    from comfy.ldm.modules import attention
+    from comfy.ldm.modules.diffusionmodules import mmdit
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
     def compiled(model: Any) -> Any:
@@ -378,9 +381,12 @@ def test_under_torch_compile_strengths_change_without_recompiling(
         set_torch_compile_wrapper(clone, "eager")
         return clone
 
+    # On the CPU the default attention looks at the free memory, and recompiles when it changes.
+    monkeypatch.setattr(mmdit, "optimized_attention", attention.attention_pytorch)
     torch._dynamo.reset()
     model = tiny.load("tiny_sd3")
-    task = tiny.task(model)
+    layers = [name for name in tiny.layers(model) if "joint_blocks.1" in name]
+    task = tiny.task(model, std=0.1, layers=layers)
     base = compiled(model)
 
     def patched(strength: float) -> Any:
@@ -393,7 +399,7 @@ def test_under_torch_compile_strengths_change_without_recompiling(
     assert _close(before, tiny.run(model))
     torch._dynamo.utils.counters.clear()
     for i in range(20):
-        tiny.run(patched(0.1 * (i + 1)))
+        tiny.run(patched(0.1 * (i + 1)), steps=1)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
     assert _close(tiny.run(patched(1.0)), tiny.run(tiny.apply(model, task)))
     assert torch.equal(tiny.run(base), before)

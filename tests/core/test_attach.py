@@ -33,7 +33,7 @@ def state(model):
     return {name: t.clone() for name, t in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_three_attachments_come_off_in_any_order(model, x, make, order):
     before = model(x)
     tasks = [make(i) for i in range(3)]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffscaler_core import DiffScalerError, MismatchError, UnknownNameError, new_task
 from diffscaler_core import pipelines as plugin
+from diffscaler_core.pipeline_state import batch_size
 
 
 def outputs(model: Any, batch: int = 2) -> Tensor:
@@ -92,6 +93,9 @@ def test_strengths_per_part_and_per_component(pipe: Any) -> None:
     assert not torch.equal(outputs(pipe.transformer), per_part)
     with pytest.raises(UnknownNameError, match="'colour'"):
         pipe.set_diffscaler("a", {"colour": 1.0})
+    with pytest.raises(DiffScalerError, match="finite"):
+        pipe.set_diffscaler("b", {"shift": float("nan")})
+    assert pipe.get_active_diffscalers() == ["a"]
 
 
 def test_errors_are_those_that_lora_users_know(pipe: Any, sd3_case: Any) -> None:
@@ -236,6 +240,15 @@ def test_rows_that_do_not_fit_the_prompts_fail_loudly(pipe: Any, sd3_case: Any) 
     assert torch.equal(images[0], images[1])
     assert torch.equal(halves[0], halves[2])
     assert not torch.equal(halves[0], halves[1])
+
+
+def test_the_batch_is_counted_whatever_the_model_calls_its_latents() -> None:
+    latents = torch.zeros(3, 4, 8, 8)
+    assert batch_size((), {"hidden_states": latents}) == 3
+    assert batch_size((), {"sample": latents}) == 3
+    assert batch_size((list(latents), 1.0), {}) == 3  # Z-Image: a list of samples
+    with pytest.raises(DiffScalerError, match="no hidden_states, sample, x"):
+        batch_size((), {"pixels": latents})
 
 
 def test_rows_are_folded_once_per_call_not_once_per_step(

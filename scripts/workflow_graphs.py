@@ -1,0 +1,296 @@
+"""The workflows of ComfyUI's template browser, as data: nodes, links, places, a note each.
+
+`make_workflows.py` turns them into files. Node ids are numbers, as the frontend gives them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+SIZE, STEPS, GUIDANCE, SEED = 128, 20, 3.0, 7
+WIDTH = 320  # of every node
+COLUMN = 380  # from one column's left edge to the next
+PICTURE = (WIDTH, 340)  # of the previews
+
+Link = list[Any]
+At = tuple[float, float]
+
+SWAP = (
+    "**For SD3.5 or Flux:** change *Load Diffusion Model*, *Load VAE*, the size in *Empty Latent* "
+    "(Flux: cfg 1) and the task files; put *Load CLIP* and *CLIP Text Encode* in the place of the "
+    "stored prompts. **For SDXL:** the same, with *Load Checkpoint* and *Empty Latent Image*."
+)
+FILES = (
+    "**Without any download:** copy the folders of the pack's `assets/pocket` into `models`, then "
+    "press *Run*."
+)
+
+
+@dataclass
+class Workflow:
+    """One workflow and where its nodes lie.
+
+    Attributes:
+        name: The files' name.
+        about: The note's first line.
+        nodes: The graph in API format.
+        places: Node id -> its place, least size and colour.
+        groups: Frames around nodes: title, node ids, colour.
+    """
+
+    name: str
+    about: str
+    nodes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    places: dict[str, dict[str, Any]] = field(default_factory=dict)
+    groups: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(
+        self,
+        kind: str,
+        at: At,
+        title: str = "",
+        size: tuple[float, float] = (WIDTH, 0),
+        color: str = "",
+        **inputs: Any,
+    ) -> Link:
+        """Adds a node; returns its first output.
+
+        Args:
+            kind: The node's class.
+            at: Column, and y within it.
+            title: Another title than the class's.
+            size: Width and least height.
+            color: A name in the frontend's palette.
+            inputs: Widget values and links.
+        """
+        key = str(len(self.nodes) + 1)
+        meta = {"_meta": {"title": title}} if title else {}
+        self.nodes[key] = {"class_type": kind, "inputs": inputs, **meta}
+        pos = [round(at[0] * COLUMN), at[1]]
+        self.places[key] = {"pos": pos, "size": list(size), "color": color}
+        return [key, 0]
+
+    def frame(self, title: str, color: str, *links: Link) -> None:
+        """Draws a frame around nodes."""
+        self.groups.append({"title": title, "color": color, "nodes": [link[0] for link in links]})
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What the frontend needs besides the graph."""
+        text = "\n\n".join((self.about, FILES, SWAP))
+        note = {"title": "Note", "pos": [0, 0], "size": [WIDTH, 270], "text": text}
+        return {"nodes": self.places, "groups": self.groups, "note": note}
+
+    # What all the workflows are made of.
+
+    def base(self) -> tuple[Link, Link, Link]:
+        """Adds the pocket base below the note: model, VAE, latent."""
+        model = self.add(
+            "UNETLoader",
+            (0, 370),
+            "Load Diffusion Model: pocket base",
+            unet_name="diffscaler_pocket.safetensors",
+            weight_dtype="default",
+        )
+        vae = self.add("VAELoader", (0, 530), vae_name="diffscaler_pocket_vae.safetensors")
+        latent = self.add(
+            "EmptySD3LatentImage",
+            (0, 665),
+            "Empty Latent",
+            width=SIZE,
+            height=SIZE,
+            batch_size=1,
+        )
+        self.frame("base", "#3f789e", model, vae, latent)
+        return model, vae, latent
+
+    def task(self, name: str, at: At) -> Link:
+        """Adds a task file."""
+        return self.add(
+            "DiffScalerLoadTask",
+            at,
+            f"Load DiffScaler Task: {name}",
+            color="green",
+            task_name=f"{name}.safetensors",
+        )
+
+    def prompt(self, task: Link, word: str, at: At) -> Link:
+        """Adds a stored prompt."""
+        title = f"stored prompt: {word}" if word else "stored prompt: the empty one"
+        return self.add("DiffScalerTaskConditioning", at, title, task=task, prompt=word)
+
+    def picture(
+        self,
+        title: str,
+        at: At,
+        parts: tuple[Link, Link, Link, Link, Link],
+        output: str = "PreviewImage",
+    ) -> Link:
+        """Adds sampler, decoder and preview in three columns; returns the decoded picture.
+
+        Args:
+            title: What the picture shows.
+            at: The sampler's place.
+            parts: Model, positive, negative, latent, VAE.
+            output: The node that shows the picture.
+        """
+        model, positive, negative, latent, vae = parts
+        samples = self.add(
+            "KSampler",
+            at,
+            f"KSampler: {title}",
+            model=model,
+            positive=positive,
+            negative=negative,
+            latent_image=latent,
+            seed=SEED,
+            steps=STEPS,
+            cfg=GUIDANCE,
+            sampler_name="euler",
+            scheduler="normal",
+            denoise=1.0,
+        )
+        column, y = at
+        pictures = self.add("VAEDecode", (column + 1, y), samples=samples, vae=vae)
+        shown = self.add(output, (column + 2, y), title, PICTURE, images=pictures)
+        self.frame(title, "#88888866", samples, pictures, shown)
+        return pictures
+
+
+def apply_task() -> Workflow:
+    """One task on the base, and the base beside it."""
+    flow = Workflow(
+        "apply_task",
+        "**One task on a frozen base.** Above the base alone, below the same seed and prompt with "
+        "the task *ink*. Change *strength*: 0 is exactly the base, 1 as trained.",
+    )
+    model, vae, latent = flow.base()
+    words = flow.task("words", (1, 0))
+    positive = flow.prompt(words, "cat", (1, 130))
+    negative = flow.prompt(words, "", (1, 270))
+    flow.frame("prompts, stored in a task file", "#8A8", words, positive, negative)
+    ink = flow.task("ink", (1, 470))
+    with_ink = flow.add(
+        "DiffScalerApplyTask", (1, 600), color="green", model=model, task=ink, strength=1.0
+    )
+    flow.frame("task", "#3f7a4a", ink, with_ink)
+    flow.picture("the base", (2, 0), (model, positive, negative, latent, vae))
+    flow.picture("with the task", (2, ROW), (with_ink, positive, negative, latent, vae))
+    return flow
+
+
+ROW = 470  # from one branch to the next
+
+
+def stack_tasks() -> Workflow:
+    """Two tasks, alone and together."""
+    flow = Workflow(
+        "stack_tasks",
+        "**Two tasks at once.** From above: the base, the task *ink*, the task *neon*, both. Tasks "
+        "add up, their order does not matter, and *strengths* takes one number for each.",
+    )
+    model, vae, latent = flow.base()
+    words = flow.task("words", (1, 0))
+    positive = flow.prompt(words, "fox", (1, 130))
+    negative = flow.prompt(words, "", (1, 270))
+    flow.frame("prompts, stored in a task file", "#8A8", words, positive, negative)
+    names = ("ink", "neon")
+    tasks = [flow.task(name, (1, 470 + 650 * i)) for i, name in enumerate(names)]
+    flow.picture("the base", (2, 0), (model, positive, negative, latent, vae))
+    for i, (name, task) in enumerate(zip(names, tasks, strict=True)):
+        applied = flow.add(
+            "DiffScalerApplyTask",
+            (1, 600 + 650 * i),
+            color="green",
+            model=model,
+            task=task,
+            strength=1.0,
+        )
+        flow.frame(f"task {name}", "#3f7a4a", task, applied)
+        at = (2, ROW * (i + 1))
+        flow.picture(f"with {name}", at, (applied, positive, negative, latent, vae))
+    both = flow.add(
+        "DiffScalerStackTasks",
+        (1, 1790),
+        color="green",
+        model=model,
+        strengths="0.7, 0.7",
+        **{f"tasks.task{i}": task for i, task in enumerate(tasks)},
+    )
+    flow.frame("both", "#3f7a4a", both)
+    flow.picture("ink + neon", (2, ROW * 3), (both, positive, negative, latent, vae))
+    return flow
+
+
+def task_prompts() -> Workflow:
+    """Prompts that a task learned and stores."""
+    flow = Workflow(
+        "task_prompts",
+        "**A task with prompts of its own.** The task *fruits* brings three of the words it "
+        "learned, already encoded; the task *words* brings the empty prompt for guidance.",
+    )
+    model, vae, latent = flow.base()
+    words = flow.task("words", (1, 0))
+    negative = flow.prompt(words, "", (1, 130))
+    flow.frame("empty prompt, for guidance", "#8A8", words, negative)
+    fruits = flow.task("fruits", (1, 330))
+    names = ("apple", "grapes", "cherries")
+    prompts = [flow.prompt(fruits, name, (1, 460 + 140 * i)) for i, name in enumerate(names)]
+    applied = flow.add(
+        "DiffScalerApplyTask", (1, 900), color="green", model=model, task=fruits, strength=1.0
+    )
+    flow.frame("task and its prompts", "#3f7a4a", fruits, *prompts, applied)
+    for i, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
+        flow.picture(name, (2, ROW * i), (applied, prompt, negative, latent, vae))
+    return flow
+
+
+def combine_and_save() -> Workflow:
+    """Two tasks made into one file."""
+    flow = Workflow(
+        "combine_and_save",
+        "**Two tasks become one file.** *ink* at 0.6 and *neon* are combined exactly, shown, and "
+        "saved to `output/diffscaler` with the picture as thumbnail; *Load* lists it after `R`.",
+    )
+    model, vae, latent = flow.base()
+    words = flow.task("words", (1, 0))
+    positive = flow.prompt(words, "rocket", (1, 130))
+    negative = flow.prompt(words, "", (1, 270))
+    flow.frame("prompts, stored in a task file", "#8A8", words, positive, negative)
+    ink = flow.task("ink", (1, 470))
+    scaled = flow.add("DiffScalerScaleTask", (1, 600), color="green", task=ink, strength=0.6)
+    neon = flow.task("neon", (1, 970))
+    flow.frame("two tasks", "#3f7a4a", ink, scaled, neon)
+    mix = flow.add(
+        "DiffScalerCombineTasks",
+        (2, 470),
+        color="green",
+        strengths="",
+        name="ink+neon",
+        **{"tasks.task0": scaled, "tasks.task1": neon},
+    )
+    applied = flow.add(
+        "DiffScalerApplyTask", (2, 720), color="green", model=model, task=mix, strength=1.0
+    )
+    info = flow.add("DiffScalerTaskInfo", (3, 470), color="green", task=mix)
+    text = flow.add("PreviewAny", (4, 470), "facts", (WIDTH, 340), source=[info[0], 1])
+    flow.frame("one task", "#3f7a4a", mix, applied, info, text)
+    parts = (applied, positive, negative, latent, vae)
+    picture = flow.picture("ink + neon in one task", (2, 0), parts)
+    saved = flow.add(
+        "DiffScalerSaveTask",
+        (3, 640),
+        color="green",
+        task=[info[0], 0],
+        thumbnail=picture,
+        filename_prefix="diffscaler/ink_neon",
+        dtype="bf16",
+        title="Ink and neon",
+    )
+    flow.groups[-2]["nodes"].append(saved[0])
+    return flow
+
+
+ALL: Sequence[Callable[[], Workflow]] = (apply_task, stack_tasks, task_prompts, combine_and_save)
