@@ -16,18 +16,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .affiner import PARTS, Affiner, affiner_from
+from .affiner import PARTS, Affiner
 from .compiled import check_not_compiled, forget_compiled_code
-from .errors import DiffScalerError, MismatchError, first_names, unknown
-from .families import row_layout
+from .errors import DiffScalerError, MismatchError, unknown
+from .matching import build_stacks, match_layers
 from .stack import AffinerStack
-from .targets import as_target, bias_of, component_of, geometry_of, resolve
+from .targets import component_of
 from .task import TaskAdapter
 
 logger = logging.getLogger(__name__)
 
-#: Layers that diffusers' `fuse_qkv_projections` takes out of use.
-QKV = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 Weight = float | Mapping[str, float]
 Row = str | Mapping[str, Weight] | None
 
@@ -122,7 +120,7 @@ class Attachment(nn.Module):
     def requires_grad_(self, requires_grad: bool = True) -> Attachment:
         """Makes all parameters trainable, or frozen again.
 
-        Training changes copies: the task that was attached stays as it is, `task()` returns the new.
+        Training changes copies: the attached task stays as it is, `task()` returns the new one.
         """
         for stack in self._stacks():
             stack.unsettle()  # what was folded before the training is out of date after it
@@ -237,71 +235,6 @@ def attach(
     return attachment
 
 
-def match_layers(
-    model: nn.Module,
-    tasks: Mapping[str, TaskAdapter],
-    layers: Mapping[str, Mapping[str, Mapping[str, Tensor]]],
-) -> dict[str, nn.Module]:
-    """Returns the module of every layer of every task, or raises one error with all misfits."""
-    modules: dict[str, nn.Module] = {}
-    for task_name, own in layers.items():
-        missing, wrong, fused = [], [], []
-        seen: dict[int, str] = {}
-        for name, tensors in own.items():
-            module = resolve(model, name)
-            target = None if module is None else as_target(name, module)
-            if module is None or target is None:
-                missing.append(name)
-                continue
-            if not fits(tensors, target.shape):
-                wrong.append(f"{name} is {'x'.join(map(str, target.shape))}")
-            if seen.setdefault(id(module), name) != name:
-                wrong.append(f"{name} is the same module as {seen[id(module)]}")
-            if _is_fused(model, name):
-                fused.append(name)
-            modules[name] = module
-        _raise_misfit(model, tasks[task_name], len(own), missing, wrong, fused)
-    return modules
-
-
-def fits(tensors: Mapping[str, Tensor], shape: Sequence[int]) -> bool:
-    """Says whether a layer's tensors belong on a target of shape (C_out, C_in, *kernel)."""
-    out_features, *window = shape
-    up, down = tensors.get("up"), tensors.get("down")
-    vectors = [tensors[part] for part in ("scale", "shift") if part in tensors]
-    if any(v.shape != (out_features,) for v in vectors):
-        return False
-    if up is None or down is None:
-        return up is down
-    return list(down.shape[1:]) == window and up.shape == (out_features, down.shape[0])
-
-
-def build_stacks(
-    tasks: Mapping[str, TaskAdapter],
-    layers: Mapping[str, Mapping[str, Mapping[str, Tensor]]],
-    modules: Mapping[str, nn.Module],
-    class_name: str = "",
-) -> dict[str, AffinerStack]:
-    """Returns one stack per module, holding the affiners of every task that has that layer."""
-    names = list(tasks)
-    stacks: dict[str, AffinerStack] = {}
-    for layer, module in modules.items():
-        here = [name for name in names if layer in layers[name]]
-        bias_counts = any(
-            "scale" in layers[name][layer] and not tasks[name].info.get("scale_includes_bias")
-            for name in here
-        )
-        stacks[layer] = AffinerStack(
-            layer,
-            [affiner_from(layers[name][layer], tasks[name].info) for name in here],
-            [names.index(name) for name in here],
-            bias_of(layer, module) if bias_counts else None,
-            geometry_of(module),
-            row_layout(class_name, layer),
-        )
-    return stacks
-
-
 _ONE = (1.0,) * len(PARTS)
 _PLAIN_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -369,51 +302,3 @@ def _check_component(
         raise MismatchError(
             f"the tasks {list(tasks)} adapt {', '.join(there)}, none of them {component!r}"
         )
-
-
-def _is_fused(model: nn.Module, name: str) -> bool:
-    """Says whether diffusers' `fuse_qkv_projections` made this q, k or v layer a dead one."""
-    parent, _, leaf = name.rpartition(".")
-    owner = resolve(model, parent) if parent else model
-    return owner is not None and leaf in QKV and has_fused_qkv(owner)
-
-
-def has_fused_qkv(attention: Any) -> bool:
-    """Says whether an attention of diffusers now runs without its q, k and v layers.
-
-    Its older `Attention` keeps the mark for ever; there the processor tells.
-    """
-    if not getattr(attention, "fused_projections", False):
-        return False
-    if type(attention).__name__ != "Attention":
-        return True
-    return type(getattr(attention, "processor", None)).__name__.startswith("Fused")
-
-
-def _raise_misfit(
-    model: nn.Module,
-    task: TaskAdapter,
-    count: int,
-    missing: Sequence[str],
-    wrong: Sequence[str],
-    fused: Sequence[str],
-) -> None:
-    if fused:
-        raise DiffScalerError(
-            f"{type(model).__name__} had its qkv projections fused, so {len(fused)} layers of task "
-            f"{task.name!r} are never called (first {first_names(fused, 1)}); call "
-            f"unfuse_qkv_projections() before attaching"
-        )
-    if not missing and not wrong:
-        return
-    base = task.info.get("base") or {}
-    made_for = f"{base.get('family', 'an unknown base')} ({base.get('class', 'unknown class')})"
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} layers missing, first {first_names(missing)}")
-    if wrong:
-        problems.append(f"{len(wrong)} misfit, first {first_names(wrong)}")
-    raise MismatchError(
-        f"task {task.name!r}, made for {made_for} with {count} layers, does not fit this "
-        f"{type(model).__name__}: {'; '.join(problems)}; attach it to the base it was made for"
-    )

@@ -13,7 +13,8 @@ from torch import nn
 from .affiner import PARTS
 from .attach import Weight
 from .errors import DiffScalerError, MismatchError, UnknownNameError
-from .files import COMPONENTS, load_task, task_from_tensors
+from .file_rules import COMPONENTS
+from .files import load_task, task_from_tensors
 from .hotswap import check_hotswap, swap_tensors
 from .hub import find_task_file
 from .pipeline_state import ModelState, bare, state_of

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach import QKV, Attachment, Row, Weight, attach, has_fused_qkv
+from .attach import Attachment, Row, Weight, attach
 from .errors import DiffScalerError
+from .matching import QKV, has_fused_qkv
 from .targets import resolve
 from .task import TaskAdapter
 

@@ -14,9 +14,9 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ..diffscaler_core.attach import fits
 from ..diffscaler_core.errors import MismatchError, first_names
 from ..diffscaler_core.layouts import Placement, Tensors, fuse_rows, slice_rows, swap_halves
+from ..diffscaler_core.matching import fits
 from ..diffscaler_core.targets import Target, all_targets
 from ..diffscaler_core.task import TaskAdapter
 from .keymap_tables import ARCHITECTURES, Architecture

@@ -220,13 +220,11 @@ def _patcher_of(task: TaskAdapter, model: ModelPatcher, component: str | None) -
         component = task.components[0]
     layers = native_layers(task, model.model, component)
     shapes = tuple((n, tuple(t.shape)) for n, own in layers.items() for t in own.values())
-    size = model.model.get_dtype_inference().itemsize
+    place = (model.model.get_dtype_inference().itemsize, model.load_device, model.offload_device)
     known = _patchers.setdefault(task, {})
-    key = (shapes, size, model.load_device, model.offload_device)
-    if key not in known:
-        parameters = TaskParameters(layers, task.info)
-        known[key] = _new_patcher(parameters, size, model.load_device, model.offload_device)
-    return known[key]
+    if (shapes, place) not in known:
+        known[shapes, place] = _new_patcher(TaskParameters(layers, task.info), *place)
+    return known[shapes, place]
 
 
 def _new_patcher(
@@ -236,6 +234,7 @@ def _new_patcher(
     offload_device: torch.device,
     disable_dynamic: bool = False,
 ) -> ModelPatcher:
+    """Makes a patcher that counts the parameters, and what one model will compute from them."""
     kind = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     computed = itemsize * sum(p.numel() for p in parameters.parameters())
     patcher = kind(parameters, load_device, offload_device, size=parameters.nbytes + computed)
@@ -251,11 +250,8 @@ def _copied_patcher(parameters: TaskParameters, *args: Any, **kwargs: Any) -> Mo
 
 def _account(model: Any, entries: Sequence[Entry]) -> None:
     """Tells ComfyUI what the tasks hold now: parameters, and what was computed from them."""
-    patchers = (
-        []
-        if model.current_patcher is None
-        else model.current_patcher.additional_models.get(KEY, [])
-    )
+    own = model.current_patcher
+    patchers = [] if own is None else own.get_additional_models_with_key(KEY)
     for parameters in {entry.parameters for entry in entries}:
         held = parameters.nbytes + parameters.folded_bytes
         for patcher in patchers:

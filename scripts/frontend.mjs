@@ -84,18 +84,16 @@ async function queue(page) {
   const answer = await answered;
   if (!answer.ok()) return { refused: await answer.text() };
   const { prompt_id: id } = await answer.json();
-  await page.waitForFunction(
-    async (key) => key in (await (await fetch(`/api/history/${key}`)).json()),
-    id,
-    { timeout: PATIENCE, polling: 500 },
-  );
-  const last = await page.evaluate(async (key) => {
-    const entry = (await (await fetch(`/api/history/${key}`)).json())[key];
-    return Object.keys(entry.outputs);
+  const outputs = await page.evaluate(async (key) => {
+    for (;;) {
+      const entry = (await (await fetch(`/api/history/${key}`)).json())[key];
+      if (entry) return Object.keys(entry.outputs);
+      await new Promise((done) => setTimeout(done, 250));
+    }
   }, id);
   await page.waitForFunction( // the page hears of it a moment later
     (nodes) => nodes.every((node) => window.app.nodeOutputs?.[node]),
-    last,
+    outputs,
     { timeout: PATIENCE, polling: 500 },
   );
   return { prompt_id: id };

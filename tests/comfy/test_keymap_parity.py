@@ -101,7 +101,7 @@ def adapted(
 ) -> Tensor:
     """Returns what ComfyUI's model says with native affiners behind plain forward hooks."""
     modules = {name: model.get_submodule(name) for name in layers}
-    build = part("diffscaler_core.attach").build_stacks
+    build = part("diffscaler_core.matching").build_stacks
     stacks = build({"task": task}, {"task": layers}, modules)
     for name, stack in stacks.items():
         stack.row_layout = part("nodes.keymap").native_row_layout(model, name)

@@ -455,6 +455,36 @@ def test_wrapper_ignores_any_cast(tiny: Any) -> None:
     assert wrapper.to(device="cpu", dtype=torch.float16) is wrapper
 
 
+def test_a_wrapper_that_two_parties_brought_works_once(tiny: Any) -> None:
+    model = tiny.load("tiny_sd3")
+    patched = tiny.apply(model, tiny.task(model))
+    once = tiny.run(patched)
+    (wrapper,) = patched.wrappers["apply_model"]["diffscaler"]
+    patched.add_wrapper_with_key("apply_model", "another", wrapper)
+    assert torch.equal(tiny.run(patched), once)
+
+
+@pytest.mark.parametrize("family", ["tiny_sd3", "tiny_flux"])
+def test_tasks_under_diffusers_names(tiny: Any, pack: Any, clean: Any, family: str) -> None:
+    """What a task file holds: q, k, v apart where ComfyUI has them in one layer."""
+    model = clean(tiny.load(family))
+    hollow = pack.nodes.keymap.diffusers_model(model.model)
+    task = tiny.core.new_task(hollow, rank=2, targets="all", name="fresh")
+    base = tiny.run(model)
+    assert torch.equal(tiny.run(tiny.apply(model, task)), base)
+    shifted = {
+        name: {**own, "scale": own["scale"] + 0.3, "up": torch.full_like(own["up"], 0.1)}
+        for name, own in task.layers.items()
+    }
+    trained = task.replace(layers=shifted)
+    result = tiny.run(tiny.apply(model, trained))
+    native = pack.nodes.keymap.native_layers(trained, model.model)
+    renamed = {f"transformer.{n.removeprefix('diffusion_model.')}": t for n, t in native.items()}
+    direct = trained.replace(layers=renamed).with_info(naming="native")
+    assert not _close(result, base, 1e-2)
+    assert _close(result, tiny.run(_replace(tiny.load(family), (direct, 1.0))))
+
+
 def test_a_task_for_another_model_is_refused_at_once(tiny: Any, clean: Any) -> None:
     sd3, flux = clean(tiny.load("tiny_sd3")), clean(tiny.load("tiny_flux"))
     with pytest.raises(tiny.core.MismatchError, match=r"'task'.*does not fit"):

@@ -18,7 +18,7 @@ from diffscaler_core import (
     attach,
     new_task,
 )
-from diffscaler_core.attach import build_stacks
+from diffscaler_core.matching import build_stacks
 from diffscaler_core.stack import AffinerStack
 
 from .conftest import Denoiser, filled, hooks_of, reference_task

@@ -1,0 +1,180 @@
+"""What a task file may hold: its keys, dtypes, shapes and facts. Rules only; reads nothing."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .affiner import ACTIVATIONS, TENSORS
+from .errors import TaskFileError, first_names, shown
+from .methods import METHODS
+
+COMPONENTS = ("transformer", "transformer_2", "unet")
+EXTRAS = ("control",)
+MAX_NAME = 512
+_DTYPES = {"F32", "F16", "BF16"}
+_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+
+AnyValue = TypeVar("AnyValue")
+
+
+def check_config(
+    file: str, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Checks the facts, and that they agree with the tensors there are."""
+    wanted: dict[str, Any] = {
+        "name": str,
+        "method": str,
+        "activation": str,
+        "gain": (int, float),
+        "scale_includes_bias": bool,
+        "base": Mapping,
+        "prompts": (list, tuple),
+        "layers": int,
+    }
+    for key, kind in wanted.items():
+        value = config.get(key)
+        is_number = isinstance(value, (int, float)) and kind is not bool
+        if key in config and (
+            not isinstance(value, kind)
+            or (is_number and (isinstance(value, bool) or not math.isfinite(value)))
+        ):
+            raise TaskFileError(f"{file!r}: config entry {key!r} must not be {shown(value)}")
+    if "name" not in config or config.get("method") not in METHODS:
+        raise TaskFileError(
+            f"{file!r}: method {shown(config.get('method'))} and name {shown(config.get('name'))}: "
+            f"a task has a name and one of the methods {', '.join(METHODS)}"
+        )
+    if config.get("activation", "relu") not in ACTIVATIONS:
+        raise TaskFileError(
+            f"{file!r}: activation {shown(config['activation'])}; known: {', '.join(ACTIVATIONS)}"
+        )
+    count = len(grouped(shapes))
+    if config.get("layers", count) != count:
+        raise TaskFileError(
+            f"{file!r} says it has {config['layers']} layers but holds {count}; download it again"
+        )
+    _check_prompts(file, config.get("prompts", ()), shapes)
+
+
+def _check_prompts(
+    file: str, prompts: Sequence[Any], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    counts = {shape[0] for name, shape in shapes.items() if name.startswith("conditioning.")}
+    if counts - {len(prompts)} or (prompts and not counts):
+        raise TaskFileError(
+            f"{file!r} names {len(prompts)} prompts but stores {sorted(counts) or 'none'} of them"
+        )
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        raise TaskFileError(f"{file!r} names prompts by something that is not text")
+    if not counts and not grouped(shapes):
+        raise TaskFileError(f"{file!r} is empty: no layer and no stored prompt")
+
+
+def check_entries(file: str, entries: Mapping[str, Any]) -> None:
+    """Checks names, dtypes and that there is a shape, before a tensor is read."""
+    if not all(
+        isinstance(entry, dict) and _is_shape(entry.get("shape")) for entry in entries.values()
+    ):
+        raise TaskFileError(f"{file!r} is no safetensors file: its header is malformed")
+    foreign = [
+        name
+        for name in entries
+        if len(name) > MAX_NAME or not _NAME.fullmatch(name) or not _is_ours(name)
+    ]
+    if foreign:
+        raise TaskFileError(f"{file!r} holds tensors no task has: {first_names(foreign)}")
+    odd = [
+        f"{name} ({entry.get('dtype')})"
+        for name, entry in entries.items()
+        if str(entry.get("dtype")) not in _DTYPES
+    ]
+    if odd:
+        raise TaskFileError(
+            f"{file!r} holds {first_names(odd)}; tasks are stored as {', '.join(sorted(_DTYPES))}"
+        )
+
+
+def _is_shape(shape: object) -> bool:
+    return isinstance(shape, list) and all(type(length) is int and length > 0 for length in shape)
+
+
+def _is_ours(name: str) -> bool:
+    head, _, rest = name.partition(".")
+    if head in COMPONENTS:
+        return "." in rest and name.rpartition(".")[2] in TENSORS
+    return name in ("conditioning.context", "conditioning.pooled") or (
+        head in EXTRAS and bool(rest)
+    )
+
+
+def check_layers(file: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Checks that each layer's tensors fit each other, collecting what does not."""
+    problems = []
+    for layer, own in grouped(shapes).items():
+        widths = {shape[:1] for name, shape in own.items() if name != "down"}
+        down, up = own.get("down"), own.get("up")
+        ndims = {"scale": 1, "shift": 1, "up": 2}
+        if any(len(s) != ndims.get(n, len(s)) for n, s in own.items()) or len(widths) > 1:
+            problems.append(f"{layer} (shapes do not fit each other)")
+        elif (down is None) != (up is None):
+            problems.append(f"{layer} (down and up come together)")
+        elif down is not None and up is not None and not _is_subspace(down, up):
+            problems.append(f"{layer} (down {down}, up {up})")
+    for name, ndim in (("conditioning.context", 3), ("conditioning.pooled", 2)):
+        if name in shapes and len(shapes[name]) != ndim:
+            problems.append(f"{name} ({len(shapes[name])} dimensions, not {ndim})")
+    if problems:
+        raise TaskFileError(f"{file!r} has {len(problems)} bad layers: {first_names(problems)}")
+
+
+def _is_subspace(down: tuple[int, ...], up: tuple[int, ...]) -> bool:
+    return 2 <= len(down) <= 5 and up[1] == down[0]
+
+
+def check_finite(file: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuses NaN and Inf."""
+    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise TaskFileError(
+            f"{file!r} has NaN or Inf in {len(bad)} tensors: {first_names(bad)}; "
+            f"its training went wrong, use an earlier checkpoint"
+        )
+
+
+def check_in_memory(file: str, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Checks what is no file yet by the rules for files."""
+    entries = {
+        name: {"dtype": _dtype_name(t), "shape": list(getattr(t, "shape", ()))}
+        for name, t in tensors.items()
+    }
+    check_entries(file, entries)
+    shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+    check_layers(file, shapes)
+    check_config(file, {**config, "layers": len(grouped(shapes))}, shapes)
+    check_finite(file, tensors)
+
+
+def _dtype_name(tensor: Any) -> str:
+    names: dict[object, str] = {
+        torch.float32: "F32",
+        torch.float16: "F16",
+        torch.bfloat16: "BF16",
+    }
+    dtype = getattr(tensor, "dtype", type(tensor))
+    return names.get(dtype, str(dtype))
+
+
+def grouped(tensors: Mapping[str, AnyValue]) -> dict[str, dict[str, AnyValue]]:
+    """Returns what belongs to layers: layer -> part -> value."""
+    layers: dict[str, dict[str, AnyValue]] = {}
+    for name, tensor in tensors.items():
+        layer, _, part = name.rpartition(".")
+        if name.partition(".")[0] in COMPONENTS:
+            layers.setdefault(layer, {})[part] = tensor
+    return layers

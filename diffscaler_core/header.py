@@ -1,0 +1,78 @@
+"""A safetensors header from an untrusted file, read with bounded memory. Knows no key of ours."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from .errors import TaskFileError, first_names, shown
+
+MAX_HEADER = 4 * 2**20  # bytes; a real header of 1,000 layers is 0.4 MiB
+MAX_ITEMS = 2**18  # JSON values in a header; a real one has about 10 a tensor
+
+
+def raw_header(path: Path) -> bytes:
+    """Returns the header's bytes, once they are known to be few and to be one JSON object."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for ever
+            raise TaskFileError(f"{path.name!r} is a folder or a device, not a task file")
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(9)
+            length = int.from_bytes(start[:8], "little")
+            if start[8:] == b"{" and MAX_HEADER < length <= size - 8:
+                raise TaskFileError(f"{path.name!r} has a header of {length} bytes: no task has it")
+            if start[8:] != b"{" or length > size - 8:
+                raise TaskFileError(_what_else(path.name, start, size))
+            raw = start[8:] + file.read(length - 1)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise TaskFileError(f"could not read {str(path)!r}: {error.strerror or error}") from error
+    if sum(map(raw.count, (b"{", b"[", b","))) > MAX_ITEMS:
+        raise TaskFileError(f"{path.name!r} has more than {MAX_ITEMS} header items: no task has it")
+    return raw
+
+
+def _what_else(file: str, start: bytes, size: int) -> str:
+    if start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] <= b"\x05"):
+        return (
+            f"{file!r} is a pickle or zip file (.ckpt, .pt), which can run code when loaded; "
+            f"DiffScaler reads .safetensors only"
+        )
+    return f"{file!r} is no safetensors file or is cut short ({size} bytes); download it again"
+
+
+def parse_json(file: str, what: str, raw: bytes | str) -> dict[str, Any]:
+    """Returns a JSON object in which no key stands twice and every number is finite."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        counts = Counter(key for key, _ in pairs)
+        doubled = [key for key, count in counts.items() if count > 1]
+        if doubled:
+            raise TaskFileError(f"{file!r} names {first_names(doubled)} twice in its {what}")
+        return dict(pairs)
+
+    try:
+        parsed = json.loads(
+            raw, object_pairs_hook=unique, parse_constant=_finite, parse_float=_finite
+        )
+    except TaskFileError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise TaskFileError(f"{file!r} has a {what} that is no JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise TaskFileError(f"{file!r} has a {what} that is no JSON object")
+    return parsed
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{shown(text)} is no number")
+    return value
