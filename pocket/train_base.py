@@ -167,9 +167,10 @@ def train(args: argparse.Namespace) -> None:
     ema.load_state_dict(model.state_dict())
     optimizer, step, spent = _optimizer(model, args.lr), 0, 0.0
     checkpoint = args.work / "base.pt"
+    parts = {"model": model, "ema": ema, "optimizer": optimizer}
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
-        for name, part in (("model", model), ("ema", ema), ("optimizer", optimizer)):
+        for name, part in parts.items():
             part.load_state_dict(state[name])
         step, spent = state["step"], state["spent"]
     x0 = latents(args)
@@ -192,13 +193,8 @@ def train(args: argparse.Namespace) -> None:
             print(f"step {step} {spent / 60:.1f} min loss {mean:.4f}", flush=True)
         if spent - saved > args.every * 60 or spent >= total:
             saved = spent
-            state = {
-                "model": model.state_dict(),
-                "ema": ema.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "step": step,
-                "spent": spent,
-            }
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"step": step, "spent": spent}
             replace_file(checkpoint, lambda path, state=state: torch.save(state, path))
             export(ema, args)
             show(ema, args, args.work / "base.png")

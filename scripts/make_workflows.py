@@ -131,7 +131,9 @@ def lost_inputs(
 def draw_thumbnail(server: Server, name: str) -> Path:
     """Draws a workflow's pictures side by side as its thumbnail; returns the file."""
     graph = _read(api_path(name))
-    files = server.images(server.run(graph, timeout=300))
+    outputs = server.run(graph, timeout=300)["outputs"]
+    ordered = {key: outputs[key] for key in sorted(outputs, key=int)}
+    files = server.images({"outputs": ordered})
     pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in files]
     rows = 2 if len(pictures) == 4 else 1
     columns = -(-len(pictures) // rows)

@@ -12,7 +12,9 @@ from typing import Any
 SIZE, STEPS, GUIDANCE, SEED = 128, 20, 3.0, 7
 WIDTH = 320  # of every node
 COLUMN = 380  # from one column's left edge to the next
-PICTURE = (WIDTH, 340)  # of the previews
+PICTURE = (WIDTH, 270)  # of the previews
+ROW = 400  # from one branch to the next
+BLUE, GREEN, PALE, GREY = "#3f789e", "#3f7a4a", "#8A8", "#999"
 
 Link = list[Any]
 At = tuple[float, float]
@@ -50,7 +52,7 @@ class Workflow:
         self,
         kind: str,
         at: At,
-        title: str = "",
+        called: str = "",
         size: tuple[float, float] = (WIDTH, 0),
         color: str = "",
         **inputs: Any,
@@ -60,13 +62,13 @@ class Workflow:
         Args:
             kind: The node's class.
             at: Column, and y within it.
-            title: Another title than the class's.
+            called: Another title than the class's.
             size: Width and least height.
             color: A name in the frontend's palette.
             inputs: Widget values and links.
         """
         key = str(len(self.nodes) + 1)
-        meta = {"_meta": {"title": title}} if title else {}
+        meta = {"_meta": {"title": called}} if called else {}
         self.nodes[key] = {"class_type": kind, "inputs": inputs, **meta}
         pos = [round(at[0] * COLUMN), at[1]]
         self.places[key] = {"pos": pos, "size": list(size), "color": color}
@@ -103,7 +105,7 @@ class Workflow:
             height=SIZE,
             batch_size=1,
         )
-        self.frame("base", "#3f789e", model, vae, latent)
+        self.frame("base", BLUE, model, vae, latent)
         return model, vae, latent
 
     def task(self, name: str, at: At) -> Link:
@@ -121,12 +123,18 @@ class Workflow:
         title = f"stored prompt: {word}" if word else "stored prompt: the empty one"
         return self.add("DiffScalerTaskConditioning", at, title, task=task, prompt=word)
 
+    def apply(self, model: Link, task: Link, at: At) -> Link:
+        """Adds a task to a model, as trained."""
+        return self.add(
+            "DiffScalerApplyTask", at, color="green", model=model, task=task, strength=1.0
+        )
+
     def picture(
         self,
         title: str,
         at: At,
         parts: tuple[Link, Link, Link, Link, Link],
-        output: str = "PreviewImage",
+        *framed: Link,
     ) -> Link:
         """Adds sampler, decoder and preview in three columns; returns the decoded picture.
 
@@ -134,7 +142,7 @@ class Workflow:
             title: What the picture shows.
             at: The sampler's place.
             parts: Model, positive, negative, latent, VAE.
-            output: The node that shows the picture.
+            framed: Further nodes inside the branch's frame.
         """
         model, positive, negative, latent, vae = parts
         samples = self.add(
@@ -154,8 +162,8 @@ class Workflow:
         )
         column, y = at
         pictures = self.add("VAEDecode", (column + 1, y), samples=samples, vae=vae)
-        shown = self.add(output, (column + 2, y), title, PICTURE, images=pictures)
-        self.frame(title, "#88888866", samples, pictures, shown)
+        shown = self.add("PreviewImage", (column + 2, y), title, PICTURE, images=pictures)
+        self.frame(title, GREY, *framed, samples, pictures, shown)
         return pictures
 
 
@@ -170,18 +178,13 @@ def apply_task() -> Workflow:
     words = flow.task("words", (1, 0))
     positive = flow.prompt(words, "cat", (1, 130))
     negative = flow.prompt(words, "", (1, 270))
-    flow.frame("prompts, stored in a task file", "#8A8", words, positive, negative)
+    flow.frame("prompts, stored in a task file", PALE, words, positive, negative)
     ink = flow.task("ink", (1, 470))
-    with_ink = flow.add(
-        "DiffScalerApplyTask", (1, 600), color="green", model=model, task=ink, strength=1.0
-    )
-    flow.frame("task", "#3f7a4a", ink, with_ink)
+    with_ink = flow.apply(model, ink, (1, 600))
+    flow.frame("task", GREEN, ink, with_ink)
     flow.picture("the base", (2, 0), (model, positive, negative, latent, vae))
     flow.picture("with the task", (2, ROW), (with_ink, positive, negative, latent, vae))
     return flow
-
-
-ROW = 470  # from one branch to the next
 
 
 def stack_tasks() -> Workflow:
@@ -195,32 +198,24 @@ def stack_tasks() -> Workflow:
     words = flow.task("words", (1, 0))
     positive = flow.prompt(words, "fox", (1, 130))
     negative = flow.prompt(words, "", (1, 270))
-    flow.frame("prompts, stored in a task file", "#8A8", words, positive, negative)
+    flow.frame("prompts, stored in a task file", PALE, words, positive, negative)
     names = ("ink", "neon")
-    tasks = [flow.task(name, (1, 470 + 650 * i)) for i, name in enumerate(names)]
-    flow.picture("the base", (2, 0), (model, positive, negative, latent, vae))
-    for i, (name, task) in enumerate(zip(names, tasks, strict=True)):
-        applied = flow.add(
-            "DiffScalerApplyTask",
-            (1, 600 + 650 * i),
-            color="green",
-            model=model,
-            task=task,
-            strength=1.0,
-        )
-        flow.frame(f"task {name}", "#3f7a4a", task, applied)
-        at = (2, ROW * (i + 1))
-        flow.picture(f"with {name}", at, (applied, positive, negative, latent, vae))
+    tasks = [flow.task(name, (1, 470 + 130 * i)) for i, name in enumerate(names)]
+    flow.frame("two tasks", GREEN, *tasks)
+    flow.picture("the base", (3, 0), (model, positive, negative, latent, vae))
+    for i, (name, task) in enumerate(zip(names, tasks, strict=True), start=1):
+        title = f"with {name}"
+        applied = flow.apply(model, task, (2, ROW * i))
+        flow.picture(title, (3, ROW * i), (applied, positive, negative, latent, vae), applied)
     both = flow.add(
         "DiffScalerStackTasks",
-        (1, 1790),
+        (2, ROW * 3),
         color="green",
         model=model,
         strengths="0.7, 0.7",
         **{f"tasks.task{i}": task for i, task in enumerate(tasks)},
     )
-    flow.frame("both", "#3f7a4a", both)
-    flow.picture("ink + neon", (2, ROW * 3), (both, positive, negative, latent, vae))
+    flow.picture("with both", (3, ROW * 3), (both, positive, negative, latent, vae), both)
     return flow
 
 
@@ -234,14 +229,12 @@ def task_prompts() -> Workflow:
     model, vae, latent = flow.base()
     words = flow.task("words", (1, 0))
     negative = flow.prompt(words, "", (1, 130))
-    flow.frame("empty prompt, for guidance", "#8A8", words, negative)
+    flow.frame("empty prompt, for guidance", PALE, words, negative)
     fruits = flow.task("fruits", (1, 330))
     names = ("apple", "grapes", "cherries")
-    prompts = [flow.prompt(fruits, name, (1, 460 + 140 * i)) for i, name in enumerate(names)]
-    applied = flow.add(
-        "DiffScalerApplyTask", (1, 900), color="green", model=model, task=fruits, strength=1.0
-    )
-    flow.frame("task and its prompts", "#3f7a4a", fruits, *prompts, applied)
+    prompts = [flow.prompt(fruits, name, (1, 460 + 135 * i)) for i, name in enumerate(names)]
+    applied = flow.apply(model, fruits, (1, 880))
+    flow.frame("task and its prompts", GREEN, fruits, *prompts, applied)
     for i, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
         flow.picture(name, (2, ROW * i), (applied, prompt, negative, latent, vae))
     return flow
@@ -258,11 +251,11 @@ def combine_and_save() -> Workflow:
     words = flow.task("words", (1, 0))
     positive = flow.prompt(words, "rocket", (1, 130))
     negative = flow.prompt(words, "", (1, 270))
-    flow.frame("prompts, stored in a task file", "#8A8", words, positive, negative)
+    flow.frame("prompts, stored in a task file", PALE, words, positive, negative)
     ink = flow.task("ink", (1, 470))
     scaled = flow.add("DiffScalerScaleTask", (1, 600), color="green", task=ink, strength=0.6)
-    neon = flow.task("neon", (1, 970))
-    flow.frame("two tasks", "#3f7a4a", ink, scaled, neon)
+    neon = flow.task("neon", (1, 860))
+    flow.frame("two tasks", GREEN, ink, scaled, neon)
     mix = flow.add(
         "DiffScalerCombineTasks",
         (2, 470),
@@ -271,12 +264,10 @@ def combine_and_save() -> Workflow:
         name="ink+neon",
         **{"tasks.task0": scaled, "tasks.task1": neon},
     )
-    applied = flow.add(
-        "DiffScalerApplyTask", (2, 720), color="green", model=model, task=mix, strength=1.0
-    )
+    applied = flow.apply(model, mix, (2, 690))
     info = flow.add("DiffScalerTaskInfo", (3, 470), color="green", task=mix)
     text = flow.add("PreviewAny", (4, 470), "facts", (WIDTH, 340), source=[info[0], 1])
-    flow.frame("one task", "#3f7a4a", mix, applied, info, text)
+    flow.frame("one task", GREEN, mix, applied, info, text)
     parts = (applied, positive, negative, latent, vae)
     picture = flow.picture("ink + neon in one task", (2, 0), parts)
     saved = flow.add(

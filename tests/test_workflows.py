@@ -34,8 +34,8 @@ def known(server: Any) -> dict[str, Any]:
 
 
 def _inputs(known: dict[str, Any], kind: str) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Input name -> (type or list of options, facts), of a node."""
-    groups = known[kind]["input"].values()
+    """Input name -> (type or list of options, facts), of a node; without the hidden ones."""
+    groups = [group for key, group in known[kind]["input"].items() if key != "hidden"]
     specs = {name: spec for group in groups for name, spec in group.items()}
     return {name: (spec[0], spec[1] if len(spec) > 1 else {}) for name, spec in specs.items()}
 
