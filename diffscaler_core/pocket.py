@@ -19,16 +19,17 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import DiffScalerError, unknown
+from .files import load_task
 
 CONFIG = "transformer/config.json"
 TRANSFORMER = "diffusion_models/diffscaler_pocket.safetensors"
 VAE = "vae/diffscaler_pocket_vae.safetensors"
-WORDS = "conditionings.safetensors"
+WORDS = "diffscaler/words.safetensors"
 SHIFT = 3.0  # how far SD3 moves its timesteps towards noise
 
 Prompt = tuple[Tensor, Tensor]
@@ -78,14 +79,13 @@ def load_words(folder: str | Path) -> dict[str, Prompt]:
     The word "" is the empty prompt, for guidance.
 
     Raises:
-        DiffScalerError: The file is missing or broken.
+        DiffScalerError: The file is missing or broken, or stores no prompts.
     """
-    path = Path(folder) / WORDS
-    tensors = _tensors(path)
-    with safe_open(str(path), "pt") as file:
-        words = json.loads(file.metadata()["words"])
-    context, pooled = tensors["context"], tensors["pooled"]
-    return {word: (context[i : i + 1], pooled[i : i + 1]) for i, word in enumerate(words)}
+    task = load_task(_existing(Path(folder) / WORDS))
+    found = {word: task.prompt(word) for word in task.prompts}
+    return {
+        word: (context, pooled) for word, (context, pooled) in found.items() if pooled is not None
+    }
 
 
 def prompt_inputs(

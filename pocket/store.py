@@ -12,12 +12,16 @@ from diffusers import AutoencoderTiny, SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffscaler_core import TaskAdapter, save_task
+from diffscaler_core.task import base_facts
+
 # SD3's latent format, the same in both hosts: model space = (latent - SHIFT) * SCALE.
 SCALE, SHIFT = 1.5305, 0.0609
 TRANSFORMER = "diffusion_models/diffscaler_pocket.safetensors"
 CONFIG = "transformer/config.json"
 VAE = "vae/diffscaler_pocket_vae.safetensors"
-CONDITIONINGS = "conditionings.safetensors"
+WORDS = "diffscaler/words.safetensors"
+LICENSE = "Apache-2.0"
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -84,11 +88,22 @@ def load_transformer(folder: Path) -> SD3Transformer2DModel:
     return model.eval()
 
 
-def save_conditionings(words: list[str], context: Tensor, pooled: Tensor, folder: Path) -> None:
-    """Words (first the null word ""), context (N, L, D) and pooled (N, P), float32."""
-    tensors = {
-        "context": context.detach().float().contiguous(),
-        "pooled": pooled.detach().float().contiguous(),
+def save_words(
+    model: SD3Transformer2DModel, words: list[str], context: Tensor, pooled: Tensor, folder: Path
+) -> None:
+    """Words (first the null word ""), context (N, L, D) and pooled (N, P), as a task of prompts."""
+    info = {
+        "name": "words",
+        "method": "prompts",
+        "parts": [],
+        "prompts": words,
+        "base": base_facts(model, []),
+        "license": LICENSE,
     }
-    metadata = {"format": "pt", "words": json.dumps(words)}
-    replace_file(folder / CONDITIONINGS, lambda path: save_file(tensors, path, metadata))
+    spec = {
+        "title": "Words",
+        "description": 'Every word the pocket base knows, as stored prompts; "" is the null one.',
+        "license": LICENSE,
+    }
+    tensors = {"context": context.detach().float(), "pooled": pooled.detach().float()}
+    save_task(TaskAdapter({}, info, tensors, spec), folder / WORDS)

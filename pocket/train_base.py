@@ -20,7 +20,7 @@ from diffusers import SD3Transformer2DModel
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from draw import draw_arrays, sheet
 from PIL import Image
-from store import load_vae, replace_file, save_conditionings, save_transformer
+from store import load_vae, replace_file, save_transformer, save_words
 from torch import Tensor, nn
 from train_vae import PATCH, linear_code, pictures
 from words import BASE_WORDS
@@ -142,7 +142,7 @@ def loss_of(model: Base, x0: Tensor, words: Tensor) -> Tensor:
 def export(model: Base, args: argparse.Namespace) -> None:
     """Writes the transformer and the words into the assets folder."""
     save_transformer(model.transformer, model.transformer.state_dict(), args.out)
-    save_conditionings(WORDS, model.context, model.pooled, args.out)
+    save_words(model.transformer, WORDS, model.context, model.pooled, args.out)
 
 
 def _optimizer(model: Base, rate: float) -> torch.optim.AdamW:

@@ -1,6 +1,6 @@
 """Trains the pocket base's example tasks on drawn pictures, through DiffScaler's own trainer.
 
-    python pocket/train_tasks.py                    # all four, and words.safetensors
+    python pocket/train_tasks.py                    # all four
     python pocket/train_tasks.py --only fruits ink  # some
 
 Two new subjects (fruits, smileys), each class with a prompt that is learned and stored in the
@@ -24,7 +24,6 @@ from words import SETS
 
 from diffscaler_core import TaskAdapter, combine_tasks, load_task, save_task
 from diffscaler_core.pocket import load_pipeline
-from diffscaler_core.task import base_facts
 from diffscaler_core.thumbnails import encode_thumbnail
 from diffscaler_core.training import (
     Denoiser,
@@ -34,7 +33,6 @@ from diffscaler_core.training import (
     TrainingData,
     as_denoiser,
     encode_pictures,
-    load_words,
     preview,
     prompts_for,
     train_task,
@@ -68,20 +66,6 @@ JOBS = {
     "neon": Job("Neon", "Glowing tubes at night, of any word. ", 10,
                 ("cat", "sailboat", "guitar", "owl"), False),
 }  # fmt: skip
-
-
-def words_task(folder: Path, denoiser: Denoiser) -> TaskAdapter:
-    """All words of the base as a task of stored prompts, the null prompt "" among them."""
-    words = load_words(folder / "conditionings.safetensors")
-    named = words.with_info(
-        name="words", parts=[], base=base_facts(denoiser.model, []), license=LICENSE
-    )
-    spec = {
-        "title": "Words",
-        "description": 'Every word the pocket base knows, as stored prompts; "" is the null one.',
-        "license": LICENSE,
-    }
-    return named.replace(modelspec=spec)
 
 
 def pictures(
@@ -216,8 +200,7 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     denoiser = as_denoiser(load_pipeline(args.base))
-    words = words_task(args.base, denoiser)
-    save_task(words, args.out / "words.safetensors")
+    words = load_task(args.base / "diffscaler" / "words.safetensors")
     for name in args.only:
         task = train(name, denoiser, words, args)
         path = save_task(finished(name, task, denoiser, words), args.out / f"{name}.safetensors")

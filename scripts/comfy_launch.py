@@ -36,17 +36,22 @@ def prepare() -> None:
     Nothing is imported now: torch must not be loaded before ComfyUI has read its flags. Where the
     compiled parts do load, the imports proceed unchanged.
     """
-    if not any(isinstance(finder, _CompiledParts) for finder in sys.meta_path):
+    # by name: the environment and the tests may each have loaded a copy of this file
+    if not any(type(finder).__name__ == _CompiledParts.__name__ for finder in sys.meta_path):
         sys.meta_path.insert(0, _CompiledParts())
 
 
 class _CompiledParts(MetaPathFinder):
     """Looks at the two packages just before their first import; finds nothing itself."""
 
+    def __init__(self) -> None:
+        self.seen: set[str] = set()  # some look for a package several times before they import it
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> None:
-        if fullname in ("torchvision", "torchaudio"):
+        if fullname in ("torchvision", "torchaudio") and fullname not in self.seen:
+            self.seen.add(fullname)
             spec = PathFinder.find_spec(fullname, path)
             if spec is not None and spec.origin is not None:
                 folder = Path(spec.origin).parent

@@ -44,6 +44,20 @@ for package in metadata.distributions():
 """
 
 
+# What every Python of `.venv` does at its start where torchvision's compiled part cannot load.
+MEND = '''"""Written by scripts/environment.py: torchvision is built for CUDA here, torch is not."""
+import importlib.util
+import os
+import sys
+
+if os.path.exists({launcher!r}):
+    spec = importlib.util.spec_from_file_location("comfy_launch", {launcher!r})
+    sys.modules["comfy_launch"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.prepare()
+'''
+
+
 class SetupError(RuntimeError):
     """The environment could not be made; the message says what to do."""
 
@@ -100,6 +114,7 @@ def _make() -> None:
         )
         _create()
         _install(comfyui)
+    _mend()
     STAMP.write_text(_inputs(comfyui))
     _say(f"ready in {time.monotonic() - started:.0f} s")
 
@@ -132,6 +147,17 @@ def _install(comfyui: Path) -> None:
             [line for line in log if line.startswith("ERROR:")] or log[-1:] or ["pip said nothing"]
         )
         raise SetupError(f"pip could not install the packages ({errors[0]}); details: {LOG}")
+
+
+def _mend() -> None:
+    """Lets plain programs import diffusers and PEFT, which import torchvision if it is there."""
+    packages = next(VENV.glob("lib*/python*/site-packages"), VENV / "Lib" / "site-packages")
+    files = packages / "diffscaler_mend.pth", packages / "diffscaler_mend.py"
+    for file in files:
+        file.unlink(missing_ok=True)
+    if _run([str(PYTHON), "-c", "import torchvision"]):
+        files[1].write_text(MEND.format(launcher=str(comfy_host.LAUNCHER)))
+        files[0].write_text("import diffscaler_mend\n")
 
 
 def _torch_requirements() -> list[str]:

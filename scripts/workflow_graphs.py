@@ -14,7 +14,7 @@ WIDTH = 320  # of every node
 COLUMN = 380  # from one column's left edge to the next
 PICTURE = (WIDTH, 270)  # of the previews
 ROW = 400  # from one branch to the next
-BLUE, GREEN, PALE, GREY = "#3f789e", "#3f7a4a", "#8A8", "#999"
+BLUE, GREEN, PALE, GREY = "#3f789e", "#3f7a4a", "#8A8", "#777"
 
 Link = list[Any]
 At = tuple[float, float]
@@ -267,20 +267,18 @@ def combine_and_save() -> Workflow:
     applied = flow.apply(model, mix, (2, 690))
     info = flow.add("DiffScalerTaskInfo", (3, 470), color="green", task=mix)
     text = flow.add("PreviewAny", (4, 470), "facts", (WIDTH, 340), source=[info[0], 1])
-    flow.frame("one task", GREEN, mix, applied, info, text)
     parts = (applied, positive, negative, latent, vae)
-    picture = flow.picture("ink + neon in one task", (2, 0), parts)
     saved = flow.add(
         "DiffScalerSaveTask",
         (3, 640),
         color="green",
         task=[info[0], 0],
-        thumbnail=picture,
+        thumbnail=flow.picture("ink + neon in one task", (2, 0), parts),
         filename_prefix="diffscaler/ink_neon",
         dtype="bf16",
         title="Ink and neon",
     )
-    flow.groups[-2]["nodes"].append(saved[0])
+    flow.frame("one task", GREEN, mix, applied, info, text, saved)
     return flow
 
 

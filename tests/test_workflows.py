@@ -45,6 +45,7 @@ def _find(inputs: dict[str, tuple[Any, dict[str, Any]]], name: str) -> tuple[Any
     if name in inputs:
         return inputs[name]
     grower, _, slot = name.partition(".")
+    assert grower in inputs, f"there is no input {name}"
     kind, facts = inputs[grower]
     template = facts["template"]
     assert kind == "COMFY_AUTOGROW_V3"

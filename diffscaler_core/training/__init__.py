@@ -7,7 +7,7 @@ data = encode_folder("pictures", 512, denoiser.encode)
 task = train_task(denoiser, data, TrainingConfig(name="flowers", steps=1000))
 """
 
-from .conditioning import Prompts, load_words, prompts_for
+from .conditioning import Prompts, prompts_for
 from .config import TrainingConfig
 from .data import TrainingData, encode_folder, encode_pictures, find_pictures
 from .denoiser import Denoiser, as_denoiser
@@ -28,7 +28,6 @@ __all__ = [
     "encode_folder",
     "encode_pictures",
     "find_pictures",
-    "load_words",
     "preview",
     "prompts_for",
     "sample_latents",

@@ -10,7 +10,9 @@ import torch
 from ..errors import DiffScalerError, unknown
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WORDS = ("diffscaler/words.safetensors", "conditionings.safetensors")
+#: Where a pocket base keeps its denoiser, and any base the prompts it was trained with.
+POCKET = "diffusion_models/diffscaler_pocket.safetensors"
+WORDS = "diffscaler/words.safetensors"
 
 
 def load_base(name: str, dtype: str = "float32", device: str = "auto") -> Any:
@@ -35,7 +37,7 @@ def load_base(name: str, dtype: str = "float32", device: str = "auto") -> Any:
     elif folder.is_dir() and not (folder / "model_index.json").is_file():
         raise DiffScalerError(
             f"{name!r} is no base: it holds neither model_index.json (a diffusers pipeline) nor "
-            f"conditionings.safetensors (a pocket base)"
+            f"{POCKET} (a pocket base)"
         )
     else:
         pipe = _from_pretrained(name, folder)
@@ -47,13 +49,13 @@ def load_base(name: str, dtype: str = "float32", device: str = "auto") -> Any:
 
 def default_words(name: str) -> Path | None:
     """Returns the file of stored prompts that lies in a base's own folder, or None."""
-    folder = Path(name).expanduser()
-    return next((folder / words for words in WORDS if (folder / words).is_file()), None)
+    words = Path(name).expanduser() / WORDS
+    return words if words.is_file() else None
 
 
 def is_pocket(folder: Path) -> bool:
     """Says whether a folder is laid out like the pocket base."""
-    return (folder / "conditionings.safetensors").is_file() and (folder / "transformer").is_dir()
+    return (folder / POCKET).is_file()
 
 
 def _from_pretrained(name: str, folder: Path) -> Any:

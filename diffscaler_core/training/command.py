@@ -14,7 +14,7 @@ from ..errors import DiffScalerError, TaskFileError, unknown
 from ..files import load_task, save_task
 from ..task import TaskAdapter
 from .bases import DTYPES, default_words, load_base
-from .conditioning import Prompts, load_words, prompts_for
+from .conditioning import Prompts, prompts_for
 from .config import TrainingConfig
 from .data import TrainingData, encode_folder
 from .denoiser import Denoiser, as_denoiser
@@ -99,7 +99,7 @@ def train(
     )
     task = None if start is None else load_task(start)
     words = words or default_words(base)
-    known = None if words is None else load_words(words)
+    known = None if words is None else load_task(words)
     denoiser = as_denoiser(load_base(base, dtype, device))
     pictures = _pictures(denoiser, data, size, config.name, flip, skip_bad)
     for line in pictures.skipped:

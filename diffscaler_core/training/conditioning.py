@@ -7,15 +7,12 @@ base's own "nothing said", which replaces a prompt now and then so that classifi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import DiffScalerError, TaskFileError, first_names
-from ..files import load_task
+from ..errors import DiffScalerError, first_names
 from ..task import TaskAdapter
 from .denoiser import Denoiser
 
@@ -212,31 +209,6 @@ def label_prompts(denoiser: Denoiser, names: Sequence[str]) -> Prompts:
         labels = [int(name) if name.isdigit() else next(free) for name in names]
     fields = {"label": torch.tensor(labels)}
     return Prompts(names, fields, {"label": torch.tensor([null])})
-
-
-def load_words(path: str | Path) -> TaskAdapter:
-    """Returns stored prompts: from a task file, or from a table of conditionings.
-
-    A table is a `.safetensors` of "context" (N, L, D) and "pooled" (N, P) whose header names the N
-    prompts in `words` (a JSON list; "" is the null prompt), as the pocket base has.
-
-    Raises:
-        TaskFileError: Neither of the two.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    try:
-        with safe_open(str(path), "pt") as file:
-            metadata = file.metadata() or {}
-            if "words" not in metadata:
-                return load_task(path)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise TaskFileError(f"{path.name!r} is no safetensors file: {error}") from error
-    names = json.loads(metadata["words"])
-    info = {"name": path.stem, "method": "prompts", "prompts": names}
-    return TaskAdapter({}, info, tensors)
 
 
 def _choose(denoiser: Denoiser, names: Sequence[str], words: TaskAdapter | None) -> str:

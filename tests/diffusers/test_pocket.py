@@ -16,7 +16,7 @@ SEED, STEPS, GUIDANCE = 7, 6, 3.5
 CLOSE = 2 / 255
 
 pytestmark = pytest.mark.skipif(
-    not (FOLDER / "conditionings.safetensors").is_file(), reason="no pocket base in assets"
+    not (FOLDER / "diffscaler/words.safetensors").is_file(), reason="no pocket base in assets"
 )
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 diffusers = pytest.importorskip("diffusers")
 
-from diffscaler_core import TaskAdapter  # noqa: E402
+from diffscaler_core import TaskAdapter, save_task  # noqa: E402
 from diffscaler_core.training import as_denoiser  # noqa: E402
 
 
@@ -102,9 +100,7 @@ def words() -> TaskAdapter:
 
 @pytest.fixture
 def words_file(words, tmp_path) -> Path:
-    path = tmp_path / "conditionings.safetensors"
-    save_file(dict(words.conditioning), path, {"words": json.dumps(list(words.prompts))})
-    return path
+    return save_task(words, tmp_path / "words.safetensors")
 
 
 @pytest.fixture

@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-from diffscaler_core import TaskAdapter, save_task
-from diffscaler_core.errors import DiffScalerError, TaskFileError
-from diffscaler_core.training import load_words, prompts_for
+from diffscaler_core.errors import DiffScalerError
+from diffscaler_core.training import prompts_for
 from diffscaler_core.training.conditioning import label_prompts, learned_prompts, stored_prompts
 
 
@@ -78,15 +77,3 @@ def test_class_labels_number_themselves(denoiser):
     assert label_prompts(denoiser, ["anything"]).null_label.tolist() == [10]
     with pytest.raises(DiffScalerError, match="classes 0 to 9"):
         label_prompts(denoiser, ["12", "3"])
-
-
-def test_words_come_from_a_table_or_from_a_task_file(words, words_file, tmp_path):
-    table = load_words(words_file)
-    task = load_words(save_task(words, tmp_path / "words.safetensors"))
-    for found in (table, task):
-        assert found.prompts == ("", "red", "blue", "green")
-        assert torch.equal(found.conditioning["context"], words.conditioning["context"])
-    (tmp_path / "no.safetensors").write_bytes(b"nothing")
-    with pytest.raises(TaskFileError, match=r"no\.safetensors"):
-        load_words(tmp_path / "no.safetensors")
-    assert isinstance(table, TaskAdapter)
