@@ -47,7 +47,7 @@ def _row(words: Sequence[str], source: str, tasks: Mapping[str, float]) -> list[
     return [Cell(word, source, word, tasks, SEED + i) for i, word in enumerate(words)]
 
 
-SUBJECTS = ("cat", "fox", "panda", "rocket", "house", "octopus")
+SUBJECTS = ("cat", "bear", "chick", "house", "sailboat", "heart")
 FRUITS = ("apple", "banana", "strawberry", "grapes", "watermelon", "cherries")
 SMILEYS = ("smile", "love", "cool", "cry", "angry", "sick")
 STRENGTHS = (0.0, 0.3, 0.6, 0.9, 1.2, 1.5)
