@@ -196,7 +196,7 @@ def stack_tasks() -> Workflow:
     )
     model, vae, latent = flow.base()
     words = flow.task("words", (1, 0))
-    positive = flow.prompt(words, "fox", (1, 130))
+    positive = flow.prompt(words, "house", (1, 130))
     negative = flow.prompt(words, "", (1, 270))
     flow.frame("prompts, stored in a task file", PALE, words, positive, negative)
     names = ("ink", "neon")
@@ -212,7 +212,7 @@ def stack_tasks() -> Workflow:
         (2, ROW * 3),
         color="green",
         model=model,
-        strengths="0.7, 0.7",
+        strengths="0.5, 0.5",
         **{f"tasks.task{i}": task for i, task in enumerate(tasks)},
     )
     flow.picture("with both", (3, ROW * 3), (both, positive, negative, latent, vae), both)
@@ -244,16 +244,16 @@ def combine_and_save() -> Workflow:
     """Two tasks made into one file."""
     flow = Workflow(
         "combine_and_save",
-        "**Two tasks become one file.** *ink* at 0.6 and *neon* are combined exactly, shown, and "
+        "**Two tasks become one file.** *ink* at 0.4 and *neon* are combined exactly, shown, and "
         "saved to `output/diffscaler` with the picture as thumbnail; *Load* lists it after `R`.",
     )
     model, vae, latent = flow.base()
     words = flow.task("words", (1, 0))
-    positive = flow.prompt(words, "rocket", (1, 130))
+    positive = flow.prompt(words, "house", (1, 130))
     negative = flow.prompt(words, "", (1, 270))
     flow.frame("prompts, stored in a task file", PALE, words, positive, negative)
     ink = flow.task("ink", (1, 470))
-    scaled = flow.add("DiffScalerScaleTask", (1, 600), color="green", task=ink, strength=0.6)
+    scaled = flow.add("DiffScalerScaleTask", (1, 600), color="green", task=ink, strength=0.4)
     neon = flow.task("neon", (1, 860))
     flow.frame("two tasks", GREEN, ink, scaled, neon)
     mix = flow.add(
