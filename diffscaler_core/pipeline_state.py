@@ -94,7 +94,6 @@ class ModelState:
             self._handle = self.model.register_forward_pre_hook(hook, with_kwargs=True)
         self.model.__dict__[_KEY] = self
         self._owners = self._qkv_owners()
-        self._settle()
         self.apply()
 
     def clear(self) -> None:
@@ -174,16 +173,6 @@ class ModelState:
         mix = {row: 1.0} if isinstance(row, str) else row or {}
         known = self.attachment.names if self.attachment is not None else ()
         return {name: weight for name, weight in mix.items() if name in known}
-
-    def _settle(self) -> None:
-        """Folds for the dtype the layers will answer in, as compiled code cannot do it later."""
-        for stack in self.attachment.stacks if self.attachment is not None else ():
-            weight = getattr(resolve(self.model, stack.name), "weight", None)  # type: ignore[arg-type]
-            if isinstance(weight, Tensor) and not weight.is_meta and weight.dtype in _PLAIN:
-                stack.settle(weight.device, weight.dtype)  # type: ignore[operator]
-
-
-_PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class _CallHook:

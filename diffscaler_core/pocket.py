@@ -54,15 +54,10 @@ def load_pipeline(
     config = json.loads(_existing(folder / CONFIG).read_text(encoding="utf-8"))
     transformer = SD3Transformer2DModel.from_config(config)
     _fill(transformer, _tensors(folder / TRANSFORMER))
-    # Its latents are the model's own space already, so there is nothing to scale or shift.
-    vae = AutoencoderTiny(
-        latent_channels=config["in_channels"], scaling_factor=1.0, shift_factor=0.0
-    )
-    _fill(vae, _diffusers_vae(_tensors(folder / VAE)))
     pipe = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
-        vae=vae,
+        vae=load_vae(folder),
         text_encoder=None,
         tokenizer=None,
         text_encoder_2=None,
@@ -71,6 +66,20 @@ def load_pipeline(
         tokenizer_3=None,
     )
     return pipe if dtype == torch.float32 else pipe.to(dtype)
+
+
+def load_vae(folder: str | Path) -> AutoencoderTiny:
+    """Returns the pocket base's autoencoder, float32.
+
+    Raises:
+        DiffScalerError: The file is missing or broken.
+    """
+    tensors = _diffusers_vae(_tensors(Path(folder) / VAE))
+    channels = tensors["decoder.layers.0.weight"].shape[1]
+    # Its latents are the model's own space already, so there is nothing to scale or shift.
+    vae = AutoencoderTiny(latent_channels=channels, scaling_factor=1.0, shift_factor=0.0)
+    _fill(vae, tensors)
+    return vae
 
 
 def load_words(folder: str | Path) -> dict[str, Prompt]:

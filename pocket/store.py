@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderTiny, SD3Transformer2DModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from diffscaler_core import TaskAdapter, save_task
+from diffscaler_core.pocket import CONFIG, TRANSFORMER, VAE, WORDS
 from diffscaler_core.task import base_facts
 
 # SD3's latent format, the same in both hosts: model space = (latent - SHIFT) * SCALE.
 SCALE, SHIFT = 1.5305, 0.0609
-TRANSFORMER = "diffusion_models/diffscaler_pocket.safetensors"
-CONFIG = "transformer/config.json"
-VAE = "vae/diffscaler_pocket_vae.safetensors"
-WORDS = "diffscaler/words.safetensors"
 LICENSE = "Apache-2.0"
 
 
@@ -52,25 +48,6 @@ def save_vae(model: AutoencoderTiny, folder: Path) -> None:
     replace_file(folder / VAE, lambda path: save_file(tensors, path, metadata))
 
 
-def load_vae(folder: Path) -> AutoencoderTiny:
-    """The VAE for diffusers, float32.
-
-    Its latents are model space, so scaling is 1 and shift 0: diffusers then feeds the decoder the
-    same numbers as ComfyUI, whose latent format and vae_scale/vae_shift cancel out.
-    """
-    model = AutoencoderTiny(latent_channels=16, scaling_factor=1.0, shift_factor=0.0)
-    state: dict[str, Tensor] = {}
-    for name, tensor in load_file(folder / VAE).items():
-        part, _, rest = name.partition(".")
-        if part == "taesd_encoder":
-            state[f"encoder.layers.{rest}"] = tensor.float()
-        elif part == "taesd_decoder":
-            index, rest = rest.split(".", 1)
-            state[f"decoder.layers.{int(index) - 1}.{rest}"] = tensor.float()
-    model.load_state_dict(state)
-    return model.eval()
-
-
 def save_transformer(model: SD3Transformer2DModel, state: dict[str, Tensor], folder: Path) -> None:
     """Weights (any values for the model's own names) under diffusers' names, and the config."""
     metadata = {"format": "pt", "modelspec.title": "DiffScaler pocket base"}
@@ -78,14 +55,6 @@ def save_transformer(model: SD3Transformer2DModel, state: dict[str, Tensor], fol
     replace_file(folder / TRANSFORMER, lambda path: save_file(tensors, path, metadata))
     text = model.to_json_string()
     replace_file(folder / CONFIG, lambda path: path.write_text(text))
-
-
-def load_transformer(folder: Path) -> SD3Transformer2DModel:
-    """The base for diffusers, float32."""
-    config = json.loads((folder / CONFIG).read_text())
-    model = SD3Transformer2DModel.from_config(config)
-    model.load_state_dict({k: t.float() for k, t in load_file(folder / TRANSFORMER).items()})
-    return model.eval()
 
 
 def save_words(

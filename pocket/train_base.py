@@ -20,10 +20,12 @@ from diffusers import SD3Transformer2DModel
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from draw import draw_arrays, sheet
 from PIL import Image
-from store import load_vae, replace_file, save_transformer, save_words
+from store import replace_file, save_transformer, save_words
 from torch import Tensor, nn
 from train_vae import PATCH, linear_code, pictures
 from words import BASE_WORDS
+
+from diffscaler_core.pocket import load_vae
 
 LENGTH, WIDTH, POOLED = 4, 64, 64
 WORDS = ["", *BASE_WORDS]  # index 0 is the null word, for classifier-free guidance
