@@ -10,7 +10,8 @@ task = train_task(denoiser, data, TrainingConfig(name="flowers", steps=1000))
 from .conditioning import Prompts, prompts_for
 from .config import TrainingConfig
 from .data import TrainingData, encode_folder, encode_pictures, find_pictures
-from .denoiser import Denoiser, as_denoiser
+from .denoiser import Denoiser
+from .diffusers_bases import as_denoiser
 from .loop import DivergedError, Progress, train_task
 from .objective import Objective
 from .preview import preview, sample_latents

@@ -17,7 +17,8 @@ from .bases import DTYPES, default_words, load_base
 from .conditioning import Prompts, prompts_for
 from .config import TrainingConfig
 from .data import TrainingData, encode_folder
-from .denoiser import Denoiser, as_denoiser
+from .denoiser import Denoiser
+from .diffusers_bases import as_denoiser
 from .loop import DivergedError, train_task
 from .loop import Progress as Step
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ..errors import DiffScalerError, first_names
 from ..task import TaskAdapter
+from .config import PROMPT_SOURCES
 from .denoiser import Denoiser
 
-SOURCES = ("auto", "stored", "learned", "encoded", "labels", "none")
 NULL = ""  # how files name the null prompt
 
 
@@ -130,7 +130,7 @@ def prompts_for(
         return learned_prompts(known, names, noise=noise, seed=seed)
     raise DiffScalerError(
         f"prompts {source!r} cannot be had: 'stored' needs a words file, 'encoded' a text encoder, "
-        f"'learned' either; sources: {', '.join(SOURCES)}"
+        f"'learned' either; sources: {', '.join(PROMPT_SOURCES)}"
     )
 
 

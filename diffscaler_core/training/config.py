@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 from ..errors import DiffScalerError, unknown
 from ..methods import METHODS
-from .conditioning import SOURCES
-from .objective import TIMESTEPS, WEIGHTINGS
 
-SCHEDULES = ("cosine", "constant")
-PRECISIONS = ("no", "bf16")
+SCHEDULES = ("cosine", "linear", "constant", "cosine_restarts")
+PRECISIONS = ("no", "bf16", "fp16")
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
+PROMPT_SOURCES = ("auto", "stored", "learned", "encoded", "labels", "none")
+TIMESTEPS = ("auto", "uniform", "logit_normal")
+WEIGHTINGS = ("none", "min_snr", "cosmap", "chain")
+PERTURBATIONS = ("off", "uniform", "gaussian")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,14 +30,20 @@ class TrainingConfig:
 
     How long and how fast:
         steps: Optimiser steps.
-        batch: Pictures per step.
+        batch: Pictures per step, of all devices together.
+        accumulate: Parts a batch is computed in, one after the other: less memory, same result.
         lr: Learning rate of the subspaces (D and U). Small bases learn best at 3e-3 to 1e-2 (as
             the pocket base does); the default is for bases of full size.
         lr_scale_shift: Of scales and shifts.
         lr_prompts: Of learned prompts.
-        schedule: "cosine" (down to a hundredth) or "constant", both after `warmup` steps.
+        optimizer: "adamw"; "adamw8bit" (bitsandbytes) or "prodigy" (prodigyopt, which finds the
+            step size itself; the learning rates then only set the parts' ratio), if installed.
+        schedule: "cosine" (down to a hundredth), "linear", "constant", or "cosine_restarts", each
+            after `warmup` steps.
         warmup: Steps over which the rates rise to full.
-        weight_decay: AdamW's.
+        restarts: For "cosine_restarts": how many arcs.
+        weight_decay: AdamW's, on subspaces only.
+        beta1, beta2: AdamW's.
         clip: Largest norm of the gradient; 0 does not clip.
         ema: Decay of the running mean of the parameters that is saved in their place; 0: none.
 
@@ -42,15 +51,31 @@ class TrainingConfig:
         drop: Share of prompts replaced by the null prompt, for classifier-free guidance.
         prompts: Where prompts come from; see `conditioning.prompts_for`.
         prompt_noise: What tells new learned prompts apart at the start.
+        perturb: Noise on the prompts' embeddings: "off", "uniform", "gaussian"; see
+            `objective.perturbation`.
+        perturb_gamma: Its size.
         timesteps: "logit_normal", "uniform", or "auto": the first for a flow, the second for a
             DDPM; see `objective.draw_times`.
         timestep_mean, timestep_std, timestep_shift, timestep_uniform: Its settings.
         weighting: Loss weighting; see `objective.loss_weights`.
+        snr_gamma: For "min_snr": the cap.
+        chain_tau: For "chain": how fast the weight grows with noise.
+        prior_weight: Weight of the prior pictures' loss, if there are any.
+        prior_share: Share of each batch that prior pictures take.
+
+    What is looked at on the way:
+        validate_every: Steps between validations; 0: only at the end (if there is data for it).
+        validation_share: Share of the pictures kept from training for validation.
+        validation_times: Times per validation picture.
+        sample_every: Steps between sample grids; 0: only at the end.
+        sample_steps, guidance: How samples are drawn.
 
     How it runs:
-        precision: "no", or "bf16": the base computes in bfloat16 by autocast.
+        save_every: Steps between checkpoints; 0: only when the run ends or is interrupted.
+        keep: Checkpoints kept.
+        precision: "no", "bf16" or "fp16": what the base computes in, by autocast.
         checkpointing: Recompute activations in the backward pass: less memory, slower.
-        seed: The same seed, data and machine give the same numbers.
+        seed: The same seed, data and machine give the same numbers, on any number of devices.
     """
 
     name: str = "task"
@@ -58,48 +83,114 @@ class TrainingConfig:
     rank: int = 8
     targets: str | Sequence[str] = "blocks"
     exclude: str | Sequence[str] | None = None
+
     steps: int = 1000
     batch: int = 8
+    accumulate: int = 1
     lr: float = 1e-3
     lr_scale_shift: float = 3e-3
     lr_prompts: float = 1e-2
+    optimizer: str = "adamw"
     schedule: str = "cosine"
     warmup: int = 20
+    restarts: int = 1
     weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.99
     clip: float = 1.0
     ema: float = 0.0
+
     drop: float = 0.1
     prompts: str = "auto"
     prompt_noise: float = 0.02
+    perturb: str = "off"
+    perturb_gamma: float = 1.0
     timesteps: str = "auto"
     timestep_mean: float = 0.0
     timestep_std: float = 1.0
     timestep_shift: float = 1.0
     timestep_uniform: float = 0.1
     weighting: str = "none"
+    snr_gamma: float = 5.0
+    chain_tau: float = 1.0
+    prior_weight: float = 1.0
+    prior_share: float = 0.5
+
+    validate_every: int = 0
+    validation_share: float = 0.0
+    validation_times: int = 8
+    sample_every: int = 0
+    sample_steps: int = 20
+    guidance: float = 3.5
+
+    save_every: int = 100
+    keep: int = 2
     precision: str = "no"
     checkpointing: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuses what cannot be meant, before anything is loaded."""
-        tables: dict[str, Collection[str]] = {
-            "method": METHODS,
-            "schedule": SCHEDULES,
-            "precision": PRECISIONS,
-            "timesteps": ("auto", *TIMESTEPS),
-            "weighting": WEIGHTINGS,
-            "prompts": SOURCES,
-        }
-        for field, known in tables.items():
+        for field, known in CHOICES.items():
             if getattr(self, field) not in known:
                 raise unknown(field, getattr(self, field), known)
-        for field in ("steps", "batch", "rank"):
-            if getattr(self, field) < 1:
-                raise DiffScalerError(f"{field} must be at least 1, got {getattr(self, field)}")
+        for field, (low, high) in LIMITS.items():
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise DiffScalerError(f"{field} must be a number, got {value!r}")
+            if not low <= value <= high:
+                raise DiffScalerError(f"{field} must be {_between(low, high)}, got {value}")
         for field in ("lr", "lr_scale_shift", "lr_prompts", "timestep_std", "timestep_shift"):
             if not getattr(self, field) > 0:
                 raise DiffScalerError(f"{field} must be above 0, got {getattr(self, field)}")
-        for field in ("drop", "ema", "timestep_uniform"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise DiffScalerError(f"{field} must lie in 0..1, got {getattr(self, field)}")
+        if self.batch % self.accumulate:
+            raise DiffScalerError(
+                f"accumulate {self.accumulate} must divide the batch of {self.batch}"
+            )
+
+
+_MUCH = float("inf")
+#: Setting -> the names it may have.
+CHOICES: dict[str, Collection[str]] = {
+    "method": METHODS,
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "precision": PRECISIONS,
+    "timesteps": TIMESTEPS,
+    "weighting": WEIGHTINGS,
+    "prompts": PROMPT_SOURCES,
+    "perturb": PERTURBATIONS,
+}
+#: Setting -> (smallest, largest).
+LIMITS: dict[str, tuple[float, float]] = {
+    "steps": (1, _MUCH),
+    "batch": (1, _MUCH),
+    "rank": (1, _MUCH),
+    "accumulate": (1, _MUCH),
+    "restarts": (1, _MUCH),
+    "keep": (1, _MUCH),
+    "validation_times": (1, _MUCH),
+    "sample_steps": (1, _MUCH),
+    "warmup": (0, _MUCH),
+    "save_every": (0, _MUCH),
+    "validate_every": (0, _MUCH),
+    "sample_every": (0, _MUCH),
+    "clip": (0, _MUCH),
+    "weight_decay": (0, _MUCH),
+    "snr_gamma": (0, _MUCH),
+    "chain_tau": (0, _MUCH),
+    "perturb_gamma": (0, _MUCH),
+    "prior_weight": (0, _MUCH),
+    "prior_share": (0, 0.9),
+    "validation_share": (0, 0.9),
+    "guidance": (0, _MUCH),
+    "drop": (0, 1),
+    "ema": (0, 1),
+    "beta1": (0, 1),
+    "beta2": (0, 1),
+    "timestep_uniform": (0, 1),
+}
+
+
+def _between(low: float, high: float) -> str:
+    return f"at least {low:g}" if high == _MUCH else f"{low:g} to {high:g}"

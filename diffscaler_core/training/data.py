@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..errors import DiffScalerError, first_names
+from .denoiser import Encode
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-Encode = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)

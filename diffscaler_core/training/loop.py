@@ -25,7 +25,8 @@ from ..version import __version__
 from .conditioning import Prompts, prompts_for
 from .config import TrainingConfig
 from .data import TrainingData
-from .denoiser import Denoiser, as_denoiser
+from .denoiser import Denoiser
+from .diffusers_bases import as_denoiser
 from .frozen import frozen
 from .objective import draw_times
 from .optimizer import Ema, make_optimizer, rate_at

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import unknown
+from .config import TIMESTEPS, WEIGHTINGS
 
 #: Kind -> (c, d) of p = c·x0 + d·ε, as functions of (α, σ).
 #: x0, epsilon: DDPM (arXiv:2006.11239), Eq. 15 and 14. v: arXiv:2202.00512, Appendix D.
@@ -29,8 +30,6 @@ KINDS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor | float, Tensor | float
     "flow": lambda alpha, sigma: (-1.0, 1.0),
     "flow_reversed": lambda alpha, sigma: (1.0, -1.0),
 }
-WEIGHTINGS = ("none", "min_snr", "cosmap")
-TIMESTEPS = ("uniform", "logit_normal")
 
 
 def combine(kind: str, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attach import attach
 from ..task import TaskAdapter
 from .conditioning import Prompts
 from .denoiser import Condition, Denoiser
-from .frozen import frozen
 from .objective import separate, shifted, spread
 
 
@@ -91,8 +89,8 @@ def preview(
     noise = torch.randn(len(index), *shape, generator=torch.Generator().manual_seed(seed))
     pictures: list[Tensor] = []
     with (
-        frozen(denoiser.model),
-        attach(denoiser.model, task, component=denoiser.component),
+        denoiser.held(),
+        denoiser.attached({task.name: task}),
         torch.no_grad(),
     ):
         for rows in index.split(16):

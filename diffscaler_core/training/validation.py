@@ -6,12 +6,10 @@ import contextlib
 
 import torch
 
-from ..attach import attach
 from ..task import TaskAdapter
 from .conditioning import Prompts
 from .data import TrainingData
 from .denoiser import Denoiser
-from .frozen import frozen
 
 
 @torch.no_grad()
@@ -43,13 +41,9 @@ def validation_loss(
     t = (torch.arange(times) + 0.5).repeat_interleave(len(data)) / times
     noise = torch.randn(x0.shape, generator=generator)
     prompts = prompts.to(device)
-    worn = (
-        attach(denoiser.model, task, component=denoiser.component)
-        if task is not None
-        else contextlib.nullcontext()
-    )
+    worn = contextlib.nullcontext() if task is None else denoiser.attached({task.name: task})
     total = 0.0
-    with frozen(denoiser.model), worn:
+    with denoiser.held(), worn:
         for rows in torch.arange(len(x0)).split(batch):
             own = [tensor[rows].to(device) for tensor in (x0, index, t, noise)]
             timestep, x_t = objective.noisy(own[0], own[3], own[2])
