@@ -198,25 +198,29 @@ def fold(affiners: Sequence[Affiner], weights: Tensor, bias: Tensor | None) -> F
     ups: list[Tensor] = []
     masks: list[Tensor] = []
     floors: list[Tensor] = []
+    kinds: set[str] = set()
     for k, affiner in enumerate(affiners):
         w_scale, w_shift, w_subspace = weights[..., k, :, None].unbind(-2)  # (1,) or (B, 1)
-        if affiner.scale is not None:
-            scaled = w_scale * at_home(affiner.scale)
+        # each once: an affiner may compute its tensors whenever they are read
+        scale, shift, down, up = affiner.scale, affiner.shift, affiner.down, affiner.up
+        if scale is not None:
+            scaled = w_scale * at_home(scale)
             gain = scaled if gain is None else gain + scaled
             if bias is not None and not affiner.scale_includes_bias:
                 unbiased = scaled * at_home(bias)
                 offset = -unbiased if offset is None else offset - unbiased
-        if affiner.shift is not None:
-            shifted = w_shift * at_home(affiner.shift)
+        if shift is not None:
+            shifted = w_shift * at_home(shift)
             offset = shifted if offset is None else offset + shifted
-        if affiner.down is not None and affiner.up is not None:
-            downs.append(at_home(affiner.down))
-            up = at_home(affiner.up) * affiner.gain
+        if down is not None and up is not None:
+            rank = down.shape[0]
+            downs.append(at_home(down))
+            up = at_home(up) * affiner.gain
             ups.append(up if rows else up * w_subspace)
-            masks += [w_subspace.expand(-1, affiner.rank)] if rows else []
+            masks += [w_subspace.expand(-1, rank)] if rows else []
             floor = ACTIVATIONS[affiner.activation]
-            floors.append(torch.full((affiner.rank,), floor, device=weights.device))
-    kinds = {affiner.activation for affiner in affiners if affiner.rank}
+            floors.append(torch.full((rank,), floor, device=weights.device))
+            kinds |= {affiner.activation} if rank else set()
     return Folded(
         gain=gain,
         offset=offset,
@@ -228,12 +232,29 @@ def fold(affiners: Sequence[Affiner], weights: Tensor, bias: Tensor | None) -> F
     )
 
 
+def fold_alone(affiner: Affiner, bias: Tensor | None, device: torch.device) -> Folded:
+    """Returns what `fold` does for one affiner at strength 1, in fewer steps: for training."""
+    scale, shift, down, up = (
+        None if t is None else _wide(t).to(device)
+        for t in (affiner.scale, affiner.shift, affiner.down, affiner.up)
+    )
+    if scale is not None and bias is not None and not affiner.scale_includes_bias:
+        bias = _wide(bias).to(device)
+        base = torch.zeros_like(bias) if shift is None else shift
+        shift = torch.addcmul(base, scale, bias, value=-1)
+    if up is not None and affiner.gain != 1:
+        up = up * affiner.gain
+    linear = affiner.activation == "identity"
+    return Folded(scale, shift, down, up, floor=None, linear=linear, mask=None)
+
+
 def apply_folded(
     x: Tensor,
     y: Tensor,
     folded: Folded,
     geometry: ConvGeometry | None = None,
     row_repeats: int = 1,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """Returns y + Σ wₖ Δₖ(x, y) from folded affiners, in y's dtype.
 
@@ -243,13 +264,21 @@ def apply_folded(
         folded: From `fold`, on y's device and in y's dtype.
         geometry: The convolution's geometry, None for a Linear.
         row_repeats: With rows: how many consecutive leading entries of y belong to one row.
+        hidden: act(D x), (..., R), if it is known already.
     """
     rows = folded.mask is not None or (folded.offset is not None and folded.offset.ndim == 2)
     rows = rows or (folded.gain is not None and folded.gain.ndim == 2)
-    correction = _correction(x, y, folded, geometry, row_repeats if rows else 0)
-    if folded.gain is None:
+    correction = _correction(x, y, folded, geometry, row_repeats if rows else 0, hidden)
+    gain = folded.gain
+    if gain is not None:
+        gain = _spread(gain, y, geometry, row_repeats if rows else 0)
+    return corrected(y, gain, correction)
+
+
+def corrected(y: Tensor, gain: Tensor | None, correction: Tensor | None) -> Tensor:
+    """Returns y + gain ⊙ y + correction, rounded once more than y at most; all broadcast to y."""
+    if gain is None:
         return y if correction is None else y + correction
-    gain = _spread(folded.gain, y, geometry, row_repeats if rows else 0)
     if y.dtype in (torch.float32, torch.float64):
         if correction is None:
             return y * (1 + gain)
@@ -262,25 +291,40 @@ def apply_folded(
 
 
 def _correction(
-    x: Tensor, y: Tensor, folded: Folded, geometry: ConvGeometry | None, row_repeats: int
+    x: Tensor,
+    y: Tensor,
+    folded: Folded,
+    geometry: ConvGeometry | None,
+    row_repeats: int,
+    hidden: Tensor | None,
 ) -> Tensor | None:
     """Returns what does not depend on y: the offset and the subspace; None if there is neither."""
     offset = folded.offset
     if folded.down is None or folded.up is None:
         return None if offset is None else _spread(offset, y, geometry, row_repeats)
-    hidden = project_down(x.to(y.device, y.dtype), folded.down, geometry)
-    if folded.floor is not None:
-        hidden = torch.maximum(hidden, _spread(folded.floor, hidden, geometry, 0))
-    elif not folded.linear:
-        hidden = F.relu(hidden)
-    if hidden.dtype == torch.float16:  # overflow stays finite, or strength 0 would be 0 · inf = NaN
-        hidden = hidden.clamp(-_LARGEST_HALF, _LARGEST_HALF)
+    if hidden is None:
+        hidden = project_down(x.to(y.device, y.dtype), folded.down, geometry)
+        floor = folded.floor
+        if floor is not None:
+            floor = _spread(floor, hidden, geometry, 0)
+        hidden = activated(hidden, floor, folded.linear)
     if not row_repeats:
         return project_up(hidden, folded.up, offset, geometry)
     if folded.mask is not None:
         hidden = hidden * _spread(folded.mask, hidden, geometry, row_repeats)
     correction = project_up(hidden, folded.up, None, geometry)
     return correction if offset is None else correction + _spread(offset, y, geometry, row_repeats)
+
+
+def activated(hidden: Tensor, floor: Tensor | None, linear: bool) -> Tensor:
+    """Returns act(hidden): at least `floor`, or relu for None unless there is no activation."""
+    if floor is not None:
+        hidden = torch.maximum(hidden, floor)
+    elif not linear:
+        hidden = F.relu(hidden)
+    if hidden.dtype == torch.float16:  # overflow stays finite, or strength 0 would be 0 · inf = NaN
+        hidden = hidden.clamp(-_LARGEST_HALF, _LARGEST_HALF)
+    return hidden
 
 
 def project_down(x: Tensor, down: Tensor, geometry: ConvGeometry | None = None) -> Tensor:

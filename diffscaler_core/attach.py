@@ -16,10 +16,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .affiner import PARTS, Affiner
+from .affiner import PARTS
 from .compiled import check_not_compiled, forget_compiled_code
 from .errors import DiffScalerError, MismatchError, unknown
 from .matching import build_stacks, match_layers
+from .scales import ScaleWatch
+from .siblings import Siblings
 from .stack import AffinerStack
 from .targets import component_of
 from .task import TaskAdapter
@@ -64,6 +66,9 @@ class Attachment(nn.Module):
         super().__init__()
         self.names = tuple(tasks)
         self.stacks = nn.ModuleList(stacks.values())
+        siblings, watch = Siblings(), ScaleWatch()
+        for stack in stacks.values():
+            stack.join(siblings, watch)
         self._tasks = dict(tasks)
         self._component = component
         self._weights = dict.fromkeys(self.names, _ONE)
@@ -117,6 +122,42 @@ class Attachment(nn.Module):
         for stack in self._stacks():
             stack.set_weights(now)
 
+    def set_groups(self, names: Sequence[str] | None) -> None:
+        """Makes each of len(names) equal parts of the batch run one task alone, at strength 1.
+
+        The parts lie one after the other, whatever the batch size. Gradients of a task come from
+        its own part only. The last of `set_weights`, `set_rows` and `set_groups` is in force.
+
+        Args:
+            names: One task per part, or None: the weights or rows that were in force before.
+
+        Raises:
+            UnknownNameError: No such task is attached.
+            DiffScalerError: No name at all.
+        """
+        if names is None:
+            self.set_rows(self._rows)
+            return
+        if not names:
+            raise DiffScalerError("groups must name at least one task")
+        slots = [self.names.index(self._known(name)) for name in names]
+        for stack in self._stacks():
+            stack.set_groups(slots)
+
+    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
+        """Returns a task's parameters, "<component>.<module>.<part>" -> parameter.
+
+        Raises:
+            UnknownNameError: No such task is attached.
+        """
+        slot = self.names.index(self._known(name))
+        return {
+            f"{self._component}.{stack.name}.{part}": cast(nn.Parameter, parameter)
+            for stack in self._stacks()
+            if slot in stack.slots
+            for part, parameter in stack.affiner_of(slot).tensors().items()
+        }
+
     def requires_grad_(self, requires_grad: bool = True) -> Attachment:
         """Makes all parameters trainable, or frozen again.
 
@@ -136,9 +177,9 @@ class Attachment(nn.Module):
         layers: dict[str, dict[str, Tensor]] = {}
         for stack in self._stacks():
             if slot in stack.slots:
-                affiner = cast(Affiner, stack.affiners[stack.slots.index(slot)])
+                own = stack.affiner_of(slot).tensors()
                 layers[f"{self._component}.{stack.name}"] = {
-                    k: v.detach().to("cpu", copy=True) for k, v in affiner.tensors().items()
+                    k: v.detach().to("cpu", copy=True) for k, v in own.items()
                 }
         ordered = {n: layers[n] for n in self._tasks[name].layers if n in layers}
         return self._tasks[name].replace(layers=ordered)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from .combine import combine_tasks
 from .describe import describe
 from .errors import DiffScalerError
 from .files import load_task, read_info, save_task
-from .training.command import train
+from .training.command import EXAMPLES, train
 from .version import __version__
 
 out = Console(soft_wrap=True)
@@ -43,7 +44,7 @@ app = typer.Typer(
     help="One frozen diffusion model, many tiny tasks.",
     pretty_exceptions_show_locals=False,
 )
-app.command()(train)
+app.command(epilog=EXAMPLES, no_args_is_help=True)(train)
 
 
 @app.callback(invoke_without_command=True)
@@ -54,6 +55,8 @@ def start(
     """One frozen diffusion model, many tiny tasks."""
     level = logging.INFO if verbose else logging.WARNING
     handler = RichHandler(console=err, show_time=False, show_path=False)
+    if not verbose:  # other libraries' warnings are not about what was asked for
+        handler.addFilter(lambda one: one.name.startswith("diffscaler") or one.levelno > level)
     logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
     if version:
         out.print(__version__, highlight=False)
@@ -108,4 +111,6 @@ def _numbers(text: str | None) -> list[float] | None:
 
 
 def _complain(message: str) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return  # of a distributed launch: every process finds the same, one says so
     err.print(f"diffscaler: {message}", style="red", markup=False, highlight=False)

@@ -153,6 +153,15 @@ _ROWS = (
         modelspec="auraflow",
     ),
     Family(
+        "cogview4",
+        "CogView4",
+        ("CogView4Transformer2DModel",),
+        "patch_embed.proj",
+        tokens="patchified",
+        guidance="two_calls",
+        modelspec="cogview4",
+    ),
+    Family(
         "cogvideox",
         "CogVideoX",
         ("CogVideoXTransformer3DModel",),

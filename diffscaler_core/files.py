@@ -7,12 +7,9 @@ Header metadata: `diffscaler.format` (the version), `diffscaler.config` (JSON fa
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import os
-import secrets
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .atomic import write_whole
 from .errors import TaskFileError, shown
 from .families import FAMILIES
 from .file_rules import (
@@ -61,7 +59,7 @@ def save_task(task: TaskAdapter, path: str | Path) -> Path:
     tensors = _flatten(task)
     check_in_memory(path.name, tensors, task.info)
     try:
-        _write_whole(path, _encode(task, tensors))
+        write_whole(path, _encode(task, tensors))
     except OSError as error:
         raise TaskFileError(
             f"could not write {str(path)!r}: {error.strerror or error}; nothing was changed there"
@@ -237,18 +235,3 @@ def _ranks(task: TaskAdapter) -> dict[str, int]:
     own = {n.partition(".")[2]: len(t["down"]) for n, t in task.layers.items() if "down" in t}
     default = Counter(own.values()).most_common(1)[0][0] if own else 0
     return {"default": default, **{n: rank for n, rank in own.items() if rank != default}}
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise

@@ -14,6 +14,8 @@ from .scale_task import DiffScalerScaleTask
 from .stack_tasks import DiffScalerStackTasks
 from .task_conditioning import DiffScalerTaskConditioning
 from .task_info import DiffScalerTaskInfo
+from .train_task import DiffScalerTrainTask
+from .training_settings import DiffScalerTrainingSettings
 
 NODES: list[type[io.ComfyNode]] = [
     DiffScalerLoadTask,
@@ -24,6 +26,8 @@ NODES: list[type[io.ComfyNode]] = [
     DiffScalerTaskInfo,
     DiffScalerSaveTask,
     DiffScalerTaskConditioning,
+    DiffScalerTrainTask,
+    DiffScalerTrainingSettings,
 ]
 
 

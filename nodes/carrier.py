@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from ..diffscaler_core import AffinerStack, MismatchError
 from ..diffscaler_core.affiner import Affiner, affiner_from
 from ..diffscaler_core.errors import first_names
+from ..diffscaler_core.scales import ScaleWatch
+from ..diffscaler_core.siblings import Siblings
 from ..diffscaler_core.targets import bias_of, geometry_of, resolve
 from .keymap import native_row_layout
 
@@ -116,6 +118,9 @@ class Carrier:
         self.tasks = len(tasks)
         self._modules: dict[str, nn.Module] = {n: m for n, m in found.items() if m is not None}
         self._stacks = {name: self._stack(model, name, tasks) for name in names}
+        siblings, watch = Siblings(), ScaleWatch()
+        for stack in self._stacks.values():
+            stack.join(siblings, watch)
         self._forwards: dict[str, tuple[Any, Callable[..., Tensor]]] = {}
         self._weights: Tensor | None = None
         self._place: tuple[torch.device, torch.dtype] | None = None
@@ -156,6 +161,19 @@ class Carrier:
             stack.settle(device, dtype)
         self._place = (device, dtype)
         return True
+
+    def set_groups(self, groups: Sequence[int] | None) -> None:
+        """Makes each of len(groups) equal parts of the batch run one task alone, at strength 1.
+
+        Args:
+            groups: Per part its task's index; None: the strengths last prepared. `prepare` with
+                other strengths ends it too.
+        """
+        for stack in self._stacks.values():
+            if groups is not None:
+                stack.set_groups(groups)
+            elif self._weights is not None:
+                stack.set_weights(self._weights)
 
     def unsettle(self) -> None:
         """Drops what was computed; the next call computes it again."""

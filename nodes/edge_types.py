@@ -5,3 +5,6 @@ from comfy_api.latest import io
 CATEGORY = "DiffScaler"
 
 Task = io.Custom("DIFFSCALER_TASK")
+Training = io.Custom("DIFFSCALER_TRAINING")
+#: ComfyUI's own: {"loss": [one number per step]}.
+LossMap = io.Custom("LOSS_MAP")

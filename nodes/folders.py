@@ -27,6 +27,12 @@ def register_folder() -> None:
     folder_paths.folder_names_and_paths[FOLDER] = (paths, {".safetensors"})
 
 
+def task_files() -> list[str]:
+    """Returns the task files there are; what training runs keep to go on from is none."""
+    names: list[str] = folder_paths.get_filename_list(FOLDER)
+    return [name for name in names if "checkpoints" not in name.replace("\\", "/").split("/")]
+
+
 def new_task_path(filename_prefix: str) -> tuple[str, str]:
     """Returns the next free file for a name below the output folder: its path, and how to show it.
 

@@ -99,10 +99,7 @@ def native_layers(
         component = task.components[0] if len(task.components) == 1 else component_of(model)
     layers = task.component_layers(component)
     targets = {PREFIX + t.name: t for t in all_targets(model.diffusion_model)}
-    if task.info.get("naming") == "native":
-        places = {name.removeprefix(PREFIX): Placement(name) for name in targets}
-    else:
-        places = placements(model)
+    places = task_placements(task, model)
     missing = [name for name in layers if name not in places]
     wrong: list[str] = []
     parts: dict[str, list[tuple[int, Tensors]]] = {}
@@ -118,6 +115,19 @@ def native_layers(
         parts.setdefault(place.module, []).append((place.start, moved))
     _check(task, model, component, len(layers), missing, wrong + _doubled(parts))
     return {name: _joined(own, targets[name].out_features) for name, own in parts.items()}
+
+
+def task_placements(task: TaskAdapter, model: Any) -> dict[str, Placement]:
+    """Returns where each layer lies in a ComfyUI model, by the name a task gives it."""
+    if task.info.get("naming") != "native":
+        return placements(model)
+    names = (target.name for target in all_targets(model.diffusion_model))
+    return {name: Placement(PREFIX + name) for name in names}
+
+
+def rows_of(model: Any) -> dict[str, int]:
+    """Returns C_out of each adaptable layer of a ComfyUI model, "diffusion_model.<module>" -> it."""
+    return {PREFIX + t.name: t.out_features for t in all_targets(model.diffusion_model)}
 
 
 def diffusers_layers(layers: Mapping[str, Tensors], model: Any) -> dict[str, dict[str, Tensor]]:

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..diffscaler_core import load_task
 from .edge_types import CATEGORY, Task
-from .folders import FOLDER
+from .folders import FOLDER, task_files
 
 
 class DiffScalerLoadTask(io.ComfyNode):
@@ -26,7 +26,7 @@ class DiffScalerLoadTask(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "task_name",
-                    options=folder_paths.get_filename_list(FOLDER),
+                    options=task_files(),
                     tooltip="A file in models/diffscaler or output/diffscaler.",
                 )
             ],

@@ -148,7 +148,7 @@ class _Wrapper:
         carrier = _carrier(model, entries)
         if carrier.prepare(weights, x.device, model.get_dtype_inference()):
             _account(model, entries)
-        with carrier.running(model, _is_compiled(model, options)):
+        with carrier.running(model, is_compiled(model, options)):
             return executor(*args, **kwargs)
 
 
@@ -177,7 +177,8 @@ def _weights(
     return rows[:, :, None] * weights
 
 
-def _is_compiled(model: Any, options: Mapping[str, Any]) -> bool:
+def is_compiled(model: Any, options: Mapping[str, Any]) -> bool:
+    """Says whether a `BaseModel` runs compiled code, given the options of its call."""
     wrapped = "torch.compile" in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
     return wrapped or hasattr(model.diffusion_model, "_orig_mod")
 

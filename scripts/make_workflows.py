@@ -81,7 +81,7 @@ def check(server: Server, names: Sequence[str]) -> None:
     for name, result in zip(names, in_frontend(server, jobs), strict=True):
         if problems := problems_of(name, result):
             raise HostError(f"{name}: {'; '.join(problems)}")
-        pictures = server.images(server.wait(result["prompt_id"]))
+        pictures = server.images(server.wait(result["prompt_id"], timeout=900))
         print(f"{name}: opens, gives its API twin, drew {len(pictures)} pictures")
         if not pictures:
             raise HostError(f"{name}: no picture came out")
@@ -131,7 +131,7 @@ def lost_inputs(
 def draw_thumbnail(server: Server, name: str) -> Path:
     """Draws a workflow's pictures side by side as its thumbnail; returns the file."""
     graph = _read(api_path(name))
-    outputs = server.run(graph, timeout=300)["outputs"]
+    outputs = server.run(graph, timeout=900)["outputs"]
     ordered = {key: outputs[key] for key in sorted(outputs, key=int)}
     files = server.images({"outputs": ordered})
     pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in files]

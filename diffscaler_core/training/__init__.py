@@ -12,17 +12,24 @@ from .config import TrainingConfig
 from .data import TrainingData, encode_folder, encode_pictures, find_pictures
 from .denoiser import Denoiser
 from .diffusers_bases import as_denoiser
-from .loop import DivergedError, Progress, train_task
+from .engine import DivergedError
+from .learner import TaskRun
+from .loop import train_task, train_tasks
 from .objective import Objective
-from .preview import preview, sample_latents
+from .preview import preview, sample_latents, sample_prompts
+from .progress import History, Progress
+from .run_folder import RunFolder
 from .validation import validation_loss
 
 __all__ = [
     "Denoiser",
     "DivergedError",
+    "History",
     "Objective",
     "Progress",
     "Prompts",
+    "RunFolder",
+    "TaskRun",
     "TrainingConfig",
     "TrainingData",
     "as_denoiser",
@@ -32,6 +39,8 @@ __all__ = [
     "preview",
     "prompts_for",
     "sample_latents",
+    "sample_prompts",
     "train_task",
+    "train_tasks",
     "validation_loss",
 ]

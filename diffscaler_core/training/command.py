@@ -1,209 +1,340 @@
-"""`diffscaler train`: a folder of pictures becomes a task file."""
+"""`diffscaler train`: pictures become a task file. The flags are the keys of SETTINGS."""
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
+import contextlib
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
-from ..errors import DiffScalerError, TaskFileError, unknown
-from ..files import load_task, save_task
+from ..errors import DiffScalerError
+from ..files import save_task
 from ..task import TaskAdapter
-from .bases import DTYPES, default_words, load_base
-from .conditioning import Prompts, prompts_for
+from .advice import before_training
+from .bases import DTYPES, load_base
 from .config import TrainingConfig
-from .data import TrainingData, encode_folder
+from .config_file import read_config
 from .denoiser import Denoiser
 from .diffusers_bases import as_denoiser
-from .loop import DivergedError, train_task
-from .loop import Progress as Step
+from .display import Display, Encoding
+from .engine import DivergedError
+from .finish import finished, last_samples, sample_file
+from .learner import TaskRun
+from .loop import train_tasks
+from .model_card import check_repository, push
+from .plan import format_plan, plan_task, time_steps
+from .progress import Progress
+from .run_data import load_run, load_starts, load_words, skipped_lines
+from .run_folder import RunFolder
+from .settings import SECTIONS, SETTINGS, RunSettings, Setting
+from .tracking import Tracker, check_tracker, start_tracker
 
-_DEFAULT = TrainingConfig()
-_WHAT, _PACE, _SHOWN, _RUN = "The task", "How long and how fast", "What is shown", "How it runs"
+EXAMPLES = """Examples:
+
+diffscaler train --base assets/pocket --data pictures/flowers --out flowers.safetensors
+
+diffscaler train flowers.toml --plan
+
+diffscaler train flowers.toml --steps 2000
+
+accelerate launch --num_processes 4 -m diffscaler_core.cli train flowers.toml
+
+Each key of the file is a flag here, and a flag wins. More about each: docs/training.md."""
+_COMMON = "Common"
 
 
-def _option(text: str, panel: str, *names: str) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel)
+@dataclass
+class _Job:
+    """A run's parts, loaded."""
+
+    settings: RunSettings
+    console: Console
+    accelerator: Any
+    denoiser: Denoiser
+    runs: list[TaskRun]
+    folder: RunFolder
+
+    @property
+    def main(self) -> bool:
+        return self.folder.main
 
 
-def train(
-    base: Annotated[str, _option("A diffusers folder, or owner/name on the Hub.", _WHAT)],
-    data: Annotated[Path, _option("Folder of pictures, or of one folder per class.", _WHAT)],
-    out: Annotated[Path, _option("The task file to write (.safetensors).", _WHAT, "--out", "-o")],
-    name: Annotated[str | None, _option("Its name; default: the file's.", _WHAT)] = None,
-    method: Annotated[str, _option("Which parts on which layers.", _WHAT)] = _DEFAULT.method,
-    rank: Annotated[int, _option("Width of the new subspaces.", _WHAT)] = _DEFAULT.rank,
-    targets: Annotated[
-        str, _option("blocks, attention, mlp, all, or a pattern.", _WHAT)
-    ] = "blocks",
-    start: Annotated[Path | None, _option("Go on from this task file.", _WHAT, "--from")] = None,
-    save_dtype: Annotated[
-        str, _option("Of the file: float32, bfloat16, float16.", _WHAT)
-    ] = "float32",
-    steps: Annotated[int, _option("Optimiser steps.", _PACE)] = _DEFAULT.steps,
-    batch: Annotated[int, _option("Pictures per step.", _PACE)] = _DEFAULT.batch,
-    lr: Annotated[float, _option("Learning rate of the subspaces.", _PACE)] = _DEFAULT.lr,
-    lr_scale_shift: Annotated[
-        float, _option("Of scales and shifts.", _PACE)
-    ] = _DEFAULT.lr_scale_shift,
-    lr_prompts: Annotated[float, _option("Of learned prompts.", _PACE)] = _DEFAULT.lr_prompts,
-    schedule: Annotated[str, _option("cosine or constant.", _PACE)] = _DEFAULT.schedule,
-    ema: Annotated[
-        float, _option("Running mean of the parameters; 0: none.", _PACE)
-    ] = _DEFAULT.ema,
-    size: Annotated[int | None, _option("Side in pixels; default: the base's.", _SHOWN)] = None,
-    flip: Annotated[bool, _option("Also the mirrored pictures.", _SHOWN, "--flip")] = False,
-    skip_bad: Annotated[bool, _option("Skip broken pictures.", _SHOWN, "--skip-bad")] = False,
-    prompts: Annotated[str, _option("auto, stored, learned, encoded.", _SHOWN)] = _DEFAULT.prompts,
-    words: Annotated[Path | None, _option("File of stored prompts.", _SHOWN)] = None,
-    drop: Annotated[float, _option("Share of prompts left out.", _SHOWN)] = _DEFAULT.drop,
-    timesteps: Annotated[str, _option("auto, logit_normal, uniform.", _SHOWN)] = _DEFAULT.timesteps,
-    weighting: Annotated[str, _option("none, min_snr, cosmap.", _SHOWN)] = _DEFAULT.weighting,
-    dtype: Annotated[str, _option("Of the base: float32, bfloat16, float16.", _RUN)] = "float32",
-    precision: Annotated[str, _option("no, or bf16 (autocast).", _RUN)] = _DEFAULT.precision,
-    checkpointing: Annotated[
-        bool, _option("Less memory, slower.", _RUN, "--checkpointing")
-    ] = False,
-    device: Annotated[str, _option("auto, cpu, cuda, …", _RUN)] = "auto",
-    seed: Annotated[int, _option("Same seed, same numbers.", _RUN)] = _DEFAULT.seed,
-    preview: Annotated[Path | None, _option("PNG of samples, at the end.", _RUN)] = None,
-) -> None:
+def _train(file: Path | None, plan: bool, said: Mapping[str, Any]) -> None:
     """Train a task on a folder of pictures; the base stays as it is."""
-    console = Console(stderr=True, soft_wrap=True)
-    if out.suffix != ".safetensors":
-        raise TaskFileError(f"--out {out.name!r} must end in .safetensors")
-    if save_dtype not in DTYPES:
-        raise unknown("dtype", save_dtype, DTYPES)
-    config = TrainingConfig(
-        name=name or out.stem,
-        method=method,
-        rank=rank,
-        targets=targets,
-        steps=steps,
-        batch=batch,
-        lr=lr,
-        lr_scale_shift=lr_scale_shift,
-        lr_prompts=lr_prompts,
-        schedule=schedule,
-        ema=ema,
-        drop=drop,
-        prompts=prompts,
-        timesteps=timesteps,
-        weighting=weighting,
-        precision=precision,
-        checkpointing=checkpointing,
-        seed=seed,
-    )
-    task = None if start is None else load_task(start)
-    words = words or default_words(base)
-    known = None if words is None else load_task(words)
-    denoiser = as_denoiser(load_base(base, dtype, device))
-    pictures = _pictures(denoiser, data, size, config.name, flip, skip_bad)
-    for line in pictures.skipped:
-        console.print(f"skipped {line}", style="yellow", markup=False)
-    told = prompts_for(
-        denoiser, pictures.prompts, prompts, words=known, noise=config.prompt_noise, seed=seed
-    )
-    trained = _run(console, denoiser, pictures, config, told, task, out)
-    shown = _samples(denoiser, trained, told, pictures, preview, seed)
-    save_task(_finished(trained, save_dtype, shown), out)
-    facts = trained.info["training"]
-    early = facts["steps_done"] < config.steps
-    console.print(
-        f"{out}: {'stopped early, ' if early else ''}{facts['steps_done']} of {config.steps} "
-        f"steps, {len(pictures)} pictures, loss {facts['loss'] or 0:.4f}, {facts['seconds']:.0f} s",
-        markup=False,
-    )
+    settings = read_config(file, said)
+    if settings.log_with is not None:
+        check_tracker(settings.log_with)
+    if settings.push_to_hub is not None:
+        check_repository(settings.push_to_hub)
+    job = _load(settings)
+    if plan:
+        _print_plan(job)
+        return
+    tasks, drawn, steps_here = _run(job)
+    early = _save(job, tasks, drawn, steps_here)
     if early:
         raise typer.Exit(130)
+    if settings.push_to_hub is not None and job.main:
+        _push(job, tasks)
 
 
-def _pictures(
-    denoiser: Denoiser, folder: Path, size: int | None, name: str, flip: bool, skip_bad: bool
-) -> TrainingData:
-    size = size or denoiser.size
-    if size is None:
-        raise DiffScalerError("this base does not say its size; give --size in pixels")
-    if size % denoiser.factor:
-        raise DiffScalerError(f"size {size} must be a multiple of {denoiser.factor} for this base")
-    return encode_folder(
-        folder,
-        size,
-        denoiser.encode or (lambda pixels: pixels),
-        name=name,
-        flip=flip,
-        skip_bad=skip_bad,
-        channels=denoiser.channels,
-    )
+def _load(settings: RunSettings) -> _Job:
+    """Loads what the settings name; all that can be refused is refused here."""
+    accelerator = _accelerator()
+    main = accelerator is None or bool(accelerator.is_main_process)
+    console = Console(stderr=True, soft_wrap=True, quiet=not main)
+    starts, words = load_starts(settings), load_words(settings)
+    device = settings.device
+    if accelerator is not None and device == "auto":
+        device = str(accelerator.device)
+    denoiser = as_denoiser(load_base(settings.base, settings.dtype, device))
+    runs = []
+    with _main_first(accelerator if settings.cache else None):
+        for task in settings.tasks:
+            runs.append(
+                load_run(
+                    denoiser,
+                    settings,
+                    task,
+                    words[task.name],
+                    starts.get(task.name),
+                    lambda what: Encoding(console, what),
+                )
+            )
+    for line in skipped_lines(runs):
+        console.print(f"skipped {line}", style="yellow", markup=False, highlight=False)
+    parameters = sum(p.numel() for p in denoiser.model.parameters())
+    for run in runs:
+        for line in before_training(settings.config, len(run.data), parameters):
+            console.print(f"{run.name}: {line}", style="yellow", markup=False, highlight=False)
+    folder = RunFolder(settings.folder, settings, main=main)
+    return _Job(settings, console, accelerator, denoiser, runs, folder)
 
 
-def _run(
-    console: Console,
-    denoiser: Denoiser,
-    data: TrainingData,
-    config: TrainingConfig,
-    prompts: Prompts,
-    task: TaskAdapter | None,
-    out: Path,
-) -> TaskAdapter:
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        row = bar.add_task("training", total=config.steps, loss=0.0)
+def _print_plan(job: _Job) -> None:
+    settings = job.settings
+    processes = int(job.accelerator.num_processes) if job.accelerator is not None else 1
+    plans = []
+    for run in job.runs:
+        config = replace(settings.config, name=run.name)
+        assert run.prompts is not None  # `load_run` looks them up
+        plan = plan_task(
+            job.denoiser,
+            config,
+            run.data,
+            run.prompts,
+            save_bytes=DTYPES[settings.save_dtype].itemsize,
+            processes=processes,
+        )
+        seconds, peak = time_steps(job.denoiser, config, run.data, run.prompts, job.accelerator)
+        plans.append(replace(plan, step_seconds=seconds, peak_bytes=peak))
+    if job.main:
+        typer.echo(format_plan(plans))
 
-        def on_step(now: Step) -> None:
-            bar.update(row, completed=now.step, loss=now.mean_loss)
+
+def _run(job: _Job) -> tuple[dict[str, TaskAdapter], dict[str, list[Tensor]], int]:
+    """Returns (the tasks, their last samples, steps done in this process)."""
+    settings, drawn = job.settings, dict[str, list[Tensor]]()
+    display = Display(job.console, settings.config.steps, job.folder)
+    with _tracker(job) as tracker, display:
+
+        def on_step(now: Progress) -> None:
+            display(now)
+            if tracker is not None:
+                tracker.log(now)
+            if now.samples:
+                drawn[now.task] = list(now.samples)
 
         try:
-            return train_task(denoiser, data, config, prompts=prompts, task=task, on_step=on_step)
+            tasks = train_tasks(
+                job.denoiser,
+                job.runs,
+                settings.config,
+                folder=job.folder,
+                resume=settings.resume,
+                on_step=on_step,
+                accelerator=job.accelerator,
+            )
         except DivergedError as error:
-            if not error.task.info["training"]["steps_done"]:
-                raise
-            kept = save_task(error.task, out.with_name(f"{out.stem}-last-good.safetensors"))
-            raise DiffScalerError(f"{error}; the last good state is in {kept.name!r}") from error
+            raise _diverged(job, error) from error
+        except SystemExit:  # SIGTERM; the engine has saved a checkpoint
+            display.say(f"stopped; the same command goes on from {job.folder.checkpoints}")
+            raise
+        except KeyboardInterrupt:  # a second Ctrl-C, in the middle of a step
+            display.say(f"interrupted; the last checkpoint is in {job.folder.checkpoints}")
+            raise typer.Exit(130) from None
+    return tasks, drawn, display.steps_here
 
 
-def _samples(
-    denoiser: Denoiser,
-    task: TaskAdapter,
-    prompts: Prompts,
-    data: TrainingData,
-    path: Path | None,
-    seed: int,
-) -> Any:
-    """Writes a grid of samples, two per prompt, of at most eight prompts; returns it, or None."""
-    if path is None:
+def _save(
+    job: _Job, tasks: Mapping[str, TaskAdapter], drawn: Mapping[str, list[Tensor]], steps_here: int
+) -> bool:
+    """Writes the task files and says so; returns whether the run was stopped early."""
+    settings, early = job.settings, False
+    for own, run in zip(settings.tasks, job.runs, strict=True):
+        task = tasks[own.name]
+        facts = task.info["training"]
+        early = facts["steps_done"] < settings.config.steps
+        if not job.main:
+            continue
+        if steps_here == 0:
+            job.console.print(
+                f"{job.folder.path} holds this run, and it is finished; say resume 'never' to "
+                f"start anew, or more steps to go on",
+                markup=False,
+                highlight=False,
+            )
+        picture = last_samples(job.folder, own.name, len(job.runs) > 1, drawn.get(own.name))
+        save_task(finished(task, DTYPES[settings.save_dtype], picture), own.out)
+        if picture is not None and settings.preview is not None and run is job.runs[0]:
+            settings.preview.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(settings.preview)
+        job.console.print(_summary(own.out, facts, settings.config, early),
+                          markup=False, highlight=False)  # fmt: skip
+    if job.accelerator is not None:
+        job.accelerator.wait_for_everyone()
+    return early
+
+
+def _summary(out: Path, facts: Mapping[str, Any], config: TrainingConfig, early: bool) -> str:
+    best = facts.get("best_validation_loss")
+    checked = f", best validation loss {best:.4f} at step {facts['best_step']}" if best else ""
+    return (
+        f"{out}: {'stopped early, ' if early else ''}{facts['steps_done']} of {config.steps} "
+        f"steps, {facts['images']} pictures, loss {facts['loss'] or 0:.4f}{checked}, "
+        f"{facts['seconds']:.0f} s"
+    )
+
+
+def _diverged(job: _Job, error: DivergedError) -> DiffScalerError:
+    """Saves the last good states; returns the error that says where they are."""
+    kept = []
+    for own in job.settings.tasks:
+        task = error.tasks.get(own.name)
+        if task is not None and task.info["training"]["steps_done"] and job.main:
+            path = own.out.with_name(f"{own.out.stem}-last-good.safetensors")
+            kept.append(save_task(task, path).name)
+    if not kept:
+        return error
+    return DiffScalerError(f"{error}; the last good state is in {', '.join(map(repr, kept))}")
+
+
+def _push(job: _Job, tasks: Mapping[str, TaskAdapter]) -> None:
+    settings, several = job.settings, len(job.runs) > 1
+    files = {own.out: tasks[own.name] for own in settings.tasks}
+    pictures = [sample_file(job.folder, own.name, several) for own in settings.tasks]
+    where = push(
+        str(settings.push_to_hub), files, settings.base, [p for p in pictures if p is not None]
+    )
+    job.console.print(f"uploaded to {where}", markup=False, highlight=False)
+
+
+@contextlib.contextmanager
+def _tracker(job: _Job) -> Iterator[Tracker | None]:
+    settings = job.settings
+    if settings.log_with is None or not job.main:
+        yield None
+        return
+    told = {**asdict(settings.config), "base": settings.base}
+    name = "+".join(run.name for run in job.runs)
+    tracker = start_tracker(settings.log_with, name, job.folder.path / "tracker", told)
+    try:
+        yield tracker
+    finally:
+        tracker.close()
+
+
+def _accelerator() -> Any:
+    """Returns accelerate's Accelerator under a distributed launch, else None."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return None
-    from .preview import grid, preview
-
-    channels, height, width = data.latents.shape[2:]
-    few, shape = prompts.first(8), (channels, height, width)
-    shown = preview(denoiser, task, few, shape, per_prompt=2, seed=seed)
-    picture = grid(shown, columns=4)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
-    return picture
+    try:
+        from accelerate import Accelerator
+    except ImportError:
+        raise DiffScalerError(
+            "several processes need accelerate; run: pip install accelerate"
+        ) from None
+    return Accelerator()
 
 
-def _finished(task: TaskAdapter, dtype: str, picture: Any) -> TaskAdapter:
-    """Returns the task as it goes into a file: in its dtype, dated, with a thumbnail."""
-    now = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-    spec = {"date": now, **task.modelspec}
-    if picture is not None:
-        from ..thumbnails import encode_thumbnail
+@contextlib.contextmanager
+def _main_first(accelerator: Any) -> Iterator[None]:
+    """Lets one process fill the cache that the others then read."""
+    if accelerator is None:
+        yield
+        return
+    with accelerator.main_process_first():
+        yield
 
-        spec["thumbnail"] = encode_thumbnail(picture)
-    layers = {
-        name: {part: tensor.to(DTYPES[dtype]) for part, tensor in tensors.items()}
-        for name, tensors in task.layers.items()
+
+def _flag(setting: Setting) -> Any:
+    """Returns a setting as typer wants a parameter to be annotated."""
+    panel = _COMMON if setting.common else SECTIONS[setting.section]
+    default = TrainingConfig.__dataclass_fields__.get(setting.name)
+    fallback = RunSettings.__dataclass_fields__.get(setting.name)
+    value = getattr(default or fallback, "default", None)
+    told = isinstance(value, (int, float, str)) and setting.name != "name"
+    shown = f"; default {value}" if told and setting.kind is not bool else ""
+    names = setting.flags or (f"--{setting.name.replace('_', '-')}",)
+    if setting.kind is bool:
+        names = (f"{names[0]}/--no-{names[0][2:]}",)
+    choices = f" ({', '.join(setting.choices)})" if setting.choices else ""
+    return Annotated[
+        setting.kind | None,
+        typer.Option(
+            *names,
+            help=f"{setting.help.rstrip('.')}{choices}{shown}.",
+            metavar=_METAVARS[setting.kind],
+            rich_help_panel=panel,
+        ),
+    ]
+
+
+_METAVARS = {str: "TEXT", int: "N", float: "X", bool: "", Path: "PATH"}
+
+
+def _command() -> Callable[..., None]:
+    """Returns `train` with one flag per setting, those most used first."""
+
+    def train(**said: Any) -> None:
+        _train(said.pop("file"), said.pop("plan"), said)
+
+    ordered = sorted(
+        SETTINGS.values(), key=lambda s: (not s.common, list(SECTIONS).index(s.section))
+    )
+    annotations: dict[str, Any] = {
+        "file": Annotated[
+            Path | None, typer.Argument(help="A configuration file (TOML); see docs/training.md.")
+        ],
+        "plan": Annotated[
+            bool,
+            typer.Option(
+                "--plan",
+                help="Say what it will be, memory and time too; train nothing.",
+                rich_help_panel=_COMMON,
+            ),
+        ],
+        **{setting.name: _flag(setting) for setting in ordered},
     }
-    return task.replace(layers=layers, modelspec=spec).with_info(created=now)
+    defaults = {"plan": False}
+    train.__annotations__ = annotations
+    train.__doc__ = _train.__doc__
+    train.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(name), annotation=kind
+            )
+            for name, kind in annotations.items()
+        ]
+    )
+    return train
+
+
+train = _command()

@@ -7,17 +7,24 @@ base's own "nothing said", which replaces a prompt now and then so that classifi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import DiffScalerError, first_names
+from ..errors import DiffScalerError, first_names, unknown
 from ..task import TaskAdapter
-from .config import PROMPT_SOURCES
+from .config import PERTURBATIONS, PROMPT_SOURCES
 from .denoiser import Denoiser
 
 NULL = ""  # how files name the null prompt
+STORED = ("context", "pooled")  # what files can hold of a prompt
+#: Frozen prompts larger than this (in bytes, all fields together) stay where they are, and only
+#: a batch's rows travel to the device: ten thousand captions can be 80 GB.
+LARGE = 256 * 2**20
 
 
 class Prompts(nn.Module):
@@ -44,33 +51,108 @@ class Prompts(nn.Module):
         self.learned = learned
         self.fields = tuple(fields)
         for name, tensor in fields.items():
-            own = tensor.detach().clone()
-            own = own.float() if own.is_floating_point() else own
-            if own.is_floating_point():
-                self.register_parameter(name, nn.Parameter(own, requires_grad=learned))
-            else:
-                self.register_buffer(name, own)
+            if null[name].shape != (1, *tensor.shape[1:]):
+                raise DiffScalerError(
+                    f"the null prompt's {name} is {tuple(null[name].shape[1:])}, the prompts' "
+                    f"{tuple(tensor.shape[1:])}: both must come from the same text encoder"
+                )
+            if learned and name in STORED:
+                own = tensor.detach().to(torch.float32, copy=True)
+                self.register_parameter(name, nn.Parameter(own))
+            else:  # never written to, so it may be shared, and keeps its own dtype
+                self.register_buffer(name, tensor.detach())
             self.register_buffer(f"null_{name}", null[name].detach().clone())
 
-    def forward(self, index: Tensor, dropped: Tensor | None = None) -> dict[str, Tensor]:
-        """Returns the condition of a batch.
+    def forward(
+        self,
+        index: Tensor,
+        dropped: Tensor | None = None,
+        noise: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Returns the condition of a batch, floats as float32.
 
         Args:
             index: Which prompt each row has, (B,).
             dropped: Which rows get the null prompt instead, (B,) of bool; None: none.
+            noise: What `draw_noise` drew for these rows; None: nothing is added. The null prompt
+                stays as it is.
         """
+        rows = {}
+        for name in self.fields:
+            table, null = getattr(self, name), getattr(self, f"null_{name}")
+            rows[name] = table[index.to(table.device)].to(null.device)
+        return self.mixed(rows, dropped, noise)
+
+    def mixed(
+        self,
+        told: Mapping[str, Tensor],
+        dropped: Tensor | None = None,
+        noise: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Returns rows' condition with noise added and the null prompt put in; see `forward`."""
         condition = {}
         for name in self.fields:
-            rows = getattr(self, name)[index]
+            null = getattr(self, f"null_{name}")
+            rows = told[name].to(null.device)
+            if rows.is_floating_point():
+                rows, null = rows.float(), null.float()
+            if noise and name in noise:
+                rows = rows + noise[name].to(rows)
             if dropped is not None:
-                null = getattr(self, f"null_{name}").to(rows.dtype)
-                rows = torch.where(dropped.view(-1, *(1,) * (rows.ndim - 1)), null, rows)
+                out = dropped.to(rows.device).view(-1, *(1,) * (rows.ndim - 1))
+                rows = torch.where(out, null.to(rows.dtype), rows)
             condition[name] = rows
         return condition
 
+    def draw_noise(
+        self, count: int, perturb: str, gamma: float, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Returns noise for the embeddings of `count` rows: of a whole batch, for `forward`.
+
+        Args:
+            count: How many rows, B.
+            perturb: "off", "uniform" or "gaussian"; see `perturbation`.
+            gamma: γ.
+            generator: A CPU generator, so that the numbers are the same on any number of devices.
+
+        Raises:
+            DiffScalerError: There is no embedding to perturb: the base is told class numbers (it
+                looks their embeddings up by itself, where its null class lies too) or nothing.
+        """
+        if perturb not in PERTURBATIONS:
+            raise unknown("perturbation", perturb, PERTURBATIONS)
+        if perturb == "off" or gamma == 0:
+            return {}
+        names = [name for name in self.fields if getattr(self, name).is_floating_point()]
+        names = [name for name in names if not name.startswith("mask")]
+        if not names:
+            told = ", ".join(self.fields) or "nothing"
+            raise DiffScalerError(
+                f"perturb {perturb!r} needs prompts' embeddings, and this base is told {told}: "
+                f"set perturb to 'off'"
+            )
+        shapes = {name: (count, *self._tail(name)) for name in names}
+        return {n: perturbation(shapes[n], perturb, gamma, generator) for n in names}
+
+    def place(self, device: torch.device | str) -> Prompts:
+        """Moves to the device what is learned, the null prompt, and the rest if it is not LARGE.
+
+        `forward` gives its rows there in any case. Returns itself.
+        """
+        frozen = [getattr(self, name) for name in self.fields]
+        frozen = [tensor for tensor in frozen if not tensor.requires_grad]
+        large = sum(tensor.nbytes for tensor in frozen) > LARGE
+        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
+            if tensor.requires_grad:
+                tensor.data = tensor.data.to(device)
+            elif name.startswith("null_") or not large:
+                setattr(self, name, tensor.to(device))
+        return self
+
     def null(self, count: int) -> dict[str, Tensor]:
-        """Returns the null prompt `count` times."""
-        return {n: getattr(self, f"null_{n}").expand(count, *self._tail(n)) for n in self.fields}
+        """Returns the null prompt `count` times, floats as float32."""
+        rows = {n: getattr(self, f"null_{n}").expand(count, *self._tail(n)) for n in self.fields}
+        return {n: row.float() if row.is_floating_point() else row for n, row in rows.items()}
 
     def first(self, count: int) -> Prompts:
         """Returns the first few prompts, frozen."""
@@ -80,11 +162,35 @@ class Prompts(nn.Module):
 
     def stored(self) -> dict[str, Tensor]:
         """Returns context and pooled as they are now (copies on the CPU), to be saved in a task."""
-        kept = [name for name in ("context", "pooled") if name in self.fields]
+        kept = [name for name in STORED if name in self.fields]
         return {name: getattr(self, name).detach().to("cpu", copy=True) for name in kept}
 
     def _tail(self, name: str) -> torch.Size:
         return getattr(self, name).shape[1:]  # type: ignore[no-any-return]
+
+
+def perturbation(
+    shape: Sequence[int],
+    kind: str,
+    gamma: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Returns noise for embeddings, shaped (…, D), float32, on the CPU.
+
+    Condition embedding perturbation (arXiv:2405.20494): "uniform" in ±γ/√D, or "gaussian" of
+    standard deviation γ/√D, drawn anew for each sample at each step. The paper's embedding is one
+    vector; that each token of a text gets its own noise, with D its width, is our reading.
+
+    Args:
+        shape: Of the embeddings; the last number is D.
+        kind: "uniform" or "gaussian".
+        gamma: γ, about the length of one vector's noise (0.58 γ if uniform).
+        generator: Random source.
+    """
+    size = gamma / math.sqrt(shape[-1])
+    if kind == "gaussian":
+        return torch.randn(tuple(shape), generator=generator) * size
+    return (2 * torch.rand(tuple(shape), generator=generator) - 1) * size
 
 
 def prompts_for(
@@ -96,6 +202,7 @@ def prompts_for(
     null: TaskAdapter | None = None,
     noise: float = 0.02,
     seed: int = 0,
+    cache: str | Path | None = None,
 ) -> Prompts:
     """Returns the prompts of some names.
 
@@ -111,6 +218,7 @@ def prompts_for(
         noise: For "learned": standard deviation of the noise that tells new prompts apart, relative
             to that of the words' own values.
         seed: Seed of that noise.
+        cache: A folder for encoded texts, if the base's `text_key` names its encoders.
 
     Raises:
         DiffScalerError: The source cannot give these names.
@@ -124,7 +232,7 @@ def prompts_for(
     if source == "stored" and words is not None:
         return stored_prompts(words, names, null)
     if source == "encoded" and denoiser.encode_text is not None:
-        return encoded_prompts(denoiser, names)
+        return encoded_prompts(denoiser, names, cache)
     if source == "learned":
         known = words if words is not None else _null_words(denoiser)
         return learned_prompts(known, names, noise=noise, seed=seed)
@@ -167,9 +275,15 @@ def learned_prompts(
     real = [i for i, name in enumerate(words.prompts) if name != NULL]
     fields = {}
     for field, table in words.conditioning.items():
-        if not table.is_floating_point():  # a mask
-            fields[field] = nothing[field].expand(len(names), *table.shape[1:])
+        if field.startswith("mask"):
+            # Task files store no mask, so a new prompt is trained as it will be used: all of it.
+            fields[field] = torch.ones(len(names), *table.shape[1:], dtype=table.dtype)
             continue
+        if field not in STORED:
+            raise DiffScalerError(
+                f"this base is told a {field!r} besides {' and '.join(STORED)}, which task files "
+                f"cannot hold: use its text encoder (prompts 'encoded')"
+            )
         table = table.float()
         middle = table[real].mean(0) if real else nothing[field][0].float()
         rows = [table[words.prompts.index(n)] if n in words.prompts else middle for n in names]
@@ -180,14 +294,42 @@ def learned_prompts(
 
 
 @torch.no_grad()
-def encoded_prompts(denoiser: Denoiser, names: Sequence[str], batch: int = 8) -> Prompts:
-    """Returns prompts from the pipeline's own text encoders, each text encoded once."""
-    assert denoiser.encode_text is not None
-    texts = [NULL, *names]
-    parts = [denoiser.encode_text(texts[i : i + batch]) for i in range(0, len(texts), batch)]
-    fields = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+def encoded_prompts(
+    denoiser: Denoiser,
+    names: Sequence[str],
+    cache: str | Path | None = None,
+    *,
+    batch: int = 8,
+) -> Prompts:
+    """Returns prompts from the base's own text encoders, each text encoded once.
+
+    Args:
+        denoiser: The base.
+        names: The texts.
+        cache: A folder where encoded texts are kept and found again.
+        batch: Texts encoded at a time; with a cache it is one, so that a text's padding does not
+            hang on its neighbours.
+    """
+    encode, texts = denoiser.encode_text, [NULL, *names]
+    assert encode is not None
+    if cache is None or denoiser.text_key is None:
+        parts = [encode(texts[i : i + batch]) for i in range(0, len(texts), batch)]
+    else:
+        from .cache import cached_texts
+
+        parts = [cached_texts(encode, [text], denoiser.text_key, cache) for text in texts]
+    fields = {name: _joined([part[name].cpu() for part in parts]) for name in parts[0]}
     null = {name: tensor[:1] for name, tensor in fields.items()}
     return Prompts(names, {name: tensor[1:] for name, tensor in fields.items()}, null)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Returns parts one after the other; shorter ones (L of (B, L, …)) end in zeros."""
+    if parts[0].ndim < 2:
+        return torch.cat(list(parts))
+    longest = max(part.shape[1] for part in parts)
+    tail = (0, 0) * (parts[0].ndim - 2)
+    return torch.cat([F.pad(part, (*tail, 0, longest - part.shape[1])) for part in parts])
 
 
 def label_prompts(denoiser: Denoiser, names: Sequence[str]) -> Prompts:

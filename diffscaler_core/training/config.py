@@ -36,8 +36,8 @@ class TrainingConfig:
             the pocket base does); the default is for bases of full size.
         lr_scale_shift: Of scales and shifts.
         lr_prompts: Of learned prompts.
-        optimizer: "adamw"; "adamw8bit" (bitsandbytes) or "prodigy" (prodigyopt, which finds the
-            step size itself; the learning rates then only set the parts' ratio), if installed.
+        optimizer: "adamw"; if installed "adamw8bit" (bitsandbytes) or "prodigy" (prodigyopt, which
+            finds each kind of parameter's step size itself: the rates above are not used).
         schedule: "cosine" (down to a hundredth), "linear", "constant", or "cosine_restarts", each
             after `warmup` steps.
         warmup: Steps over which the rates rise to full.
@@ -52,7 +52,7 @@ class TrainingConfig:
         prompts: Where prompts come from; see `conditioning.prompts_for`.
         prompt_noise: What tells new learned prompts apart at the start.
         perturb: Noise on the prompts' embeddings: "off", "uniform", "gaussian"; see
-            `objective.perturbation`.
+            `conditioning.perturbation`.
         perturb_gamma: Its size.
         timesteps: "logit_normal", "uniform", or "auto": the first for a flow, the second for a
             DDPM; see `objective.draw_times`.
@@ -75,6 +75,8 @@ class TrainingConfig:
         keep: Checkpoints kept.
         precision: "no", "bf16" or "fp16": what the base computes in, by autocast.
         checkpointing: Recompute activations in the backward pass: less memory, slower.
+        shard: Split the base's weights over the processes of a distributed launch (FSDP): less
+            memory on each, same result.
         seed: The same seed, data and machine give the same numbers, on any number of devices.
     """
 
@@ -127,6 +129,7 @@ class TrainingConfig:
     keep: int = 2
     precision: str = "no"
     checkpointing: bool = False
+    shard: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -1,219 +1,247 @@
-"""Pictures from a folder, encoded once. Knows files and pixels; no model but an `encode` callable.
-
-A folder holds pictures, or one sub-folder of pictures per class. A picture's prompt is the text
-file beside it (`cat.png`, `cat.txt`), else the name of its class folder, else the task's name.
-"""
+"""Pictures become training data: found, looked through, encoded once."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import DiffScalerError, first_names
+from .autoencoder import vae_decode, vae_encode
+from .batches import Batch, TrainingData
+from .cache import Cache, digest_of
 from .denoiser import Encode
+from .encoding import MEMORY, Item, Mill, OnEncode
+from .pixels import (
+    Size,
+    View,
+    bucket_sizes,
+    check_size,
+    cropped_share,
+    cut,
+    decode_picture,
+    load_picture,
+    nearest_bucket,
+    picture_size,
+    views_of,
+)
+from .sources import Example, find_examples, find_pictures
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture file and what it shows."""
-
-    path: Path
-    prompt: str
-
-
-@dataclass(frozen=True, eq=False)
-class TrainingData:
-    """Clean samples and their prompts, ready to train on.
-
-    Attributes:
-        latents: x0 in the model's own space, (V, N, C, h, w): V views (as is, mirrored) of N
-            pictures.
-        index: Which prompt each picture has, (N,).
-        prompts: The prompts' names.
-        skipped: Files that could not be used, with the reason.
-    """
-
-    latents: Tensor
-    index: Tensor
-    prompts: tuple[str, ...]
-    skipped: tuple[str, ...] = field(default=())
-
-    def __len__(self) -> int:
-        """How many pictures there are."""
-        return len(self.index)
-
-    def batch(self, size: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Returns random (x0 (B, C, h, w), prompt indices (B,)), drawn with replacement."""
-        rows = torch.randint(len(self), (size,), generator=generator)
-        views = torch.randint(len(self.latents), (size,), generator=generator)
-        return self.latents[views, rows], self.index[rows]
-
-
-def find_pictures(folder: str | Path, name: str = "task") -> list[Picture]:
-    """Returns the pictures of a folder and of its sub-folders, in the order of their paths.
-
-    Raises:
-        DiffScalerError: No such folder, or no picture in it.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DiffScalerError(f"{str(folder)!r} is no folder; give a folder of pictures")
-    found = []
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and path.is_file():
-            own = name if path.parent == folder else path.parent.name
-            text = path.with_suffix(".txt")
-            found.append(Picture(path, text.read_text().strip() if text.is_file() else own))
-    if not found:
-        raise DiffScalerError(
-            f"{str(folder)!r} holds no picture ({', '.join(SUFFIXES)}), also not in its sub-folders"
-        )
-    return found
-
-
-def load_picture(path: str | Path, size: int, channels: int = 3) -> Tensor:
-    """Returns one picture as (channels, size, size) in −1..1: resized to cover, its middle kept.
-
-    Transparent pictures are laid on white; the camera's rotation is applied.
-
-    Raises:
-        ValueError: Broken, or with a side shorter than half of `size`; the message is the reason.
-    """
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("L" if channels == 1 else "RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot be read: {error}".replace(str(path), Path(path).name)) from error
-    if min(image.size) * 2 < size:
-        raise ValueError(f"{image.width}x{image.height} is too small for {size}x{size}")
-    image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).view(size, size, -1)
-    return pixels.permute(2, 0, 1) / 127.5 - 1
+__all__ = [
+    "Batch",
+    "TrainingData",
+    "encode_folder",
+    "encode_pictures",
+    "find_examples",
+    "find_pictures",
+    "load_picture",
+    "vae_decode",
+    "vae_encode",
+]
 
 
 def encode_folder(
-    folder: str | Path,
+    folder: Any,
     size: int,
     encode: Encode,
     *,
     name: str = "task",
+    control: str | Path | bool = False,
+    split: str = "train",
+    image: str | None = None,
+    prompt: str | None = None,
     flip: bool = False,
+    crops: int = 0,
+    buckets: bool = False,
+    factor: int = 1,
     skip_bad: bool = False,
     channels: int = 3,
     batch: int = 16,
+    cache: str | Path | None = None,
+    encoder_key: str | None = None,
+    memory: int = MEMORY,
+    on_encode: OnEncode | None = None,
 ) -> TrainingData:
-    """Returns a folder's pictures as latents in memory, each encoded once (twice with `flip`).
+    """Returns the pictures of a folder, or of another source, as latents; each view encoded once.
 
     Args:
-        folder: Pictures, or one sub-folder of pictures per class.
+        folder: Pictures, or one sub-folder of pictures per class; a list in a file; a data set; see
+            `find_examples`, whose result is taken as well.
         size: Side of the square the pictures are cropped to, in pixels.
-        encode: Pixels (B, channels, size, size) in −1..1 -> latents (B, C, h, w).
-        name: Prompt of pictures that lie in the folder itself.
+        encode: Pixels (B, channels, H, W) in −1..1 -> latents (B, C, h, w).
+        name: Prompt of pictures that have none.
+        control: Also encode control pictures; see `find_examples`.
+        split: Of a data set.
+        image: Column of a data set that holds the pictures.
+        prompt: Column or key that holds the prompts.
         flip: Also train on the mirrored pictures.
+        crops: Random crops per picture besides its middle, each of 80 to 100 % of the largest
+            possible side; encoded once, like all views.
+        buckets: Cut each picture to the nearest of `bucket_sizes(size, factor)` in place of the
+            square: little is cropped away, and batches are made of equal shapes.
+        factor: What sides must be a multiple of, from `Denoiser.factor`.
         skip_bad: Leave out pictures that cannot be used (see `TrainingData.skipped`); otherwise
-            they are refused together, by name, before anything is trained.
+            they are refused together, by name, before anything is encoded.
         channels: 3, or 1 for grey pictures.
         batch: How many pictures are encoded at a time.
+        cache: Folder where latents are kept for the next run; None: they are not.
+        encoder_key: Names the encoder and its weights, from `cache.encoder_key`; None: the latents
+            are not kept.
+        memory: Bytes of latents held in memory; the rest is read from the cache, batch by batch.
+            Without a cache all are held.
+        on_encode: Called with (pictures done, pictures in all).
 
     Raises:
-        DiffScalerError: No picture, or pictures that cannot be used.
+        DiffScalerError: No picture, pictures that cannot be used, or a VAE that gives NaN.
     """
-    pictures = find_pictures(folder, name)
-    good, bad = [], []
-    for picture in pictures:  # all are tried before the first is encoded
-        try:
-            load_picture(picture.path, size, channels)
-            good.append(picture)
-        except ValueError as error:
-            bad.append(f"{picture.path.relative_to(folder)} ({error})")
-    if bad and not (skip_bad and good):
-        hint = "; remove or replace them, or skip them (skip_bad)" if good else ""
-        raise DiffScalerError(
-            f"{len(bad)} of {len(pictures)} pictures cannot be used: {first_names(bad)}{hint}"
+    if isinstance(folder, Sequence) and not isinstance(folder, str):
+        examples = list(folder)
+    else:
+        examples = find_examples(
+            folder, name=name, control=control, split=split, image=image, prompt=prompt
         )
-    data = encode_pictures(
-        lambda i: load_picture(good[i].path, size, channels),
-        [picture.prompt for picture in good],
+    if not examples:
+        raise DiffScalerError("there are no pictures to train on")
+    mill = Mill(
         encode,
-        flip=flip,
-        batch=batch,
+        views_of(flip, crops),
+        batch,
+        Cache(cache) if cache is not None and encoder_key is not None else None,
+        encoder_key,
+        memory,
+        skip_bad,
+        on_encode,
     )
-    return replace(data, skipped=tuple(bad))
+    sizes = bucket_sizes(size, factor) if buckets else [(size, size)]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        mill = replace(mill, each=pool.map)
+        good, bad = [], []
+        # All are tried before the first is encoded.
+        for tried in pool.map(lambda example: _tried(example, sizes, channels, mill), examples):
+            if isinstance(tried, Item):
+                good.append(tried)
+            else:
+                bad.append(tried)
+        if bad and not (skip_bad and good):
+            hint = "; remove or replace them, or skip them (skip_bad)" if good else ""
+            raise DiffScalerError(
+                f"{len(bad)} of {len(examples)} pictures cannot be used: {first_names(bad)}{hint}"
+            )
+        return mill.grind(good, bad)
 
 
-@torch.no_grad()
+def _tried(example: Example, sizes: Sequence[Size], channels: int, mill: Mill) -> Item | str:
+    """Returns a picture that can be used, or its name and why it cannot."""
+    try:
+        return _item(example, sizes, channels, mill)
+    except ValueError as error:
+        return f"{example.name} ({error})"
+
+
+def _item(example: Example, sizes: Sequence[Size], channels: int, mill: Mill) -> Item:
+    """Returns a picture that can be used; it is decoded to know, unless the cache has it.
+
+    Raises:
+        ValueError: It cannot; the message is the reason.
+    """
+    data = example.read()
+    have = picture_size(data)
+    size, digest = nearest_bucket(have, sizes), digest_of(data)
+    pixels = _cutter(example.read, digest, size, digest, channels)
+    kind = f"{channels} channels"
+    item = Item(example.name, example.prompt, digest, size, kind, pixels, digest)
+    _check(item, data, channels, mill)
+    if example.control is None:
+        return replace(item, cropped=cropped_share(have, size))
+    data = example.read_control()
+    own = digest_of(data)
+    pixels = _cutter(example.read_control, own, size, digest, channels)
+    control = Item(example.name, "", own, size, kind, pixels, digest)
+    try:
+        _check(control, data, channels, mill)
+    except ValueError as error:
+        raise ValueError(f"its control picture: {error}") from error
+    return replace(item, control=control, cropped=cropped_share(have, size))
+
+
+def _cutter(
+    read: Callable[[], bytes], digest: str, size: Size, crop_digest: str, channels: int
+) -> Callable[[Sequence[View]], list[Tensor]]:
+    """Returns the function that reads a picture again and cuts views from it."""
+    seed = int(crop_digest[:15], 16)
+
+    def pixels(views: Sequence[View]) -> list[Tensor]:
+        data = read()
+        if digest_of(data) != digest:
+            raise ValueError("changed while it was looked at")
+        image = decode_picture(data, channels)
+        return [cut(image, size, view, seed) for view in views]
+
+    return pixels
+
+
+def _check(item: Item, data: bytes, channels: int, mill: Mill) -> None:
+    check_size(picture_size(data), item.size)
+    if not mill.has(item):
+        decode_picture(data, channels)
+
+
 def encode_pictures(
     load: Callable[[int], Tensor],
     prompts: Sequence[str],
     encode: Encode,
     *,
+    load_control: Callable[[int], Tensor] | None = None,
     flip: bool = False,
     batch: int = 16,
+    cache: str | Path | None = None,
+    encoder_key: str | None = None,
+    memory: int = MEMORY,
+    on_encode: OnEncode | None = None,
 ) -> TrainingData:
     """Returns N pictures as training data; only `batch` of them are in memory as pixels.
 
     Args:
-        load: Number of a picture -> its pixels (channels, H, W) in −1..1, all of one size.
+        load: Number of a picture -> its pixels (channels, H, W) in −1..1; pictures of different
+            sizes go into buckets. It is called twice for each.
         prompts: The N pictures' prompts.
         encode: As in `encode_folder`.
+        load_control: The same for control pictures, of their pictures' sizes.
         flip: Also train on the mirrored pictures.
-        batch: How many pictures are encoded at a time.
+        batch: As in `encode_folder`, like all that follow.
+        cache: Folder for latents.
+        encoder_key: Names the encoder.
+        memory: Bytes of latents held.
+        on_encode: Called with (pictures done, pictures in all).
 
     Raises:
-        DiffScalerError: The encoder gives NaN or Inf.
+        DiffScalerError: No picture, or the encoder gives NaN or Inf.
     """
-    parts: list[list[Tensor]] = [[], []]
-    for start in range(0, len(prompts), batch):
-        pixels = torch.stack([load(i) for i in range(start, min(start + batch, len(prompts)))])
-        parts[0].append(encode(pixels).float().cpu())
-        if flip:
-            parts[1].append(encode(pixels.flip(-1)).float().cpu())
-    latents = torch.stack([torch.cat(view) for view in parts if view])
-    if not bool(torch.isfinite(latents).all()):
-        raise DiffScalerError("the VAE gave NaN or Inf; load it in float32")
-    names = tuple(dict.fromkeys(prompts))
-    index = torch.tensor([names.index(prompt) for prompt in prompts])
-    return TrainingData(latents, index, names)
+    if not prompts:
+        raise DiffScalerError("there are no pictures to train on")
+    kept = Cache(cache) if cache is not None and encoder_key is not None else None
+    mill = Mill(encode, views_of(flip), batch, kept, encoder_key, memory, on_encode=on_encode)
+    items = []
+    for i, prompt in enumerate(prompts):
+        item = _drawn(i, prompt, load)
+        items.append(
+            item if load_control is None else replace(item, control=_drawn(i, "", load_control))
+        )
+    return mill.grind(items)
 
 
-def vae_encode(vae: Any) -> Encode:
-    """Returns the `encode` of a diffusers VAE: the posterior's mode, shifted and scaled.
+def _drawn(number: int, prompt: str, load: Callable[[int], Tensor]) -> Item:
+    first = load(number)
+    digest = digest_of(first.float().cpu().contiguous().numpy().tobytes())
 
-    Args:
-        vae: AutoencoderKL, AutoencoderTiny, …; stays where it is, in its own dtype.
-    """
-    scale = float(getattr(vae.config, "scaling_factor", None) or 1.0)
-    shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
+    def pixels(views: Sequence[View]) -> list[Tensor]:
+        picture = load(number)
+        return [picture.flip(-1) if view.mirror else picture for view in views]
 
-    def encode(pixels: Tensor) -> Tensor:
-        output = vae.encode(pixels.to(vae.device, vae.dtype))
-        latents = output.latents if hasattr(output, "latents") else output.latent_dist.mode()
-        return (latents.float() - shift) * scale  # type: ignore[no-any-return]
-
-    return encode
-
-
-def vae_decode(vae: Any) -> Encode:
-    """Returns the inverse of `vae_encode`: latents -> pixels (B, 3, H, W) in −1..1."""
-    scale = float(getattr(vae.config, "scaling_factor", None) or 1.0)
-    shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
-
-    def decode(latents: Tensor) -> Tensor:
-        z = (latents / scale + shift).to(vae.device, vae.dtype)
-        return vae.decode(z).sample.float().clamp(-1, 1)  # type: ignore[no-any-return]
-
-    return decode
+    size = (int(first.shape[-2]), int(first.shape[-1]))
+    return Item(f"picture {number + 1}", prompt, digest, size, "pixels", pixels, digest)

@@ -35,6 +35,10 @@ class Trainable(Protocol):
         """Returns a task's parameters, "<component>.<module>.<part>" -> parameter, float32."""
         ...
 
+    def requires_grad_(self, requires_grad: bool = True) -> object:
+        """Makes copies of the parameters trainable; the attached tasks stay as they are."""
+        ...
+
     def set_groups(self, names: Sequence[str] | None) -> None:
         """Says which tasks the next batches run.
 
@@ -83,6 +87,8 @@ class Denoiser:
             are not cached.
         text_key: The same for the text encoders.
         runs_on: Where the model computes, if its parameters may lie elsewhere.
+        guided: False: guidance is distilled into the model, which is told its scale; samples are
+            drawn without classifier-free guidance.
     """
 
     model: nn.Module
@@ -103,6 +109,7 @@ class Denoiser:
     encoder_key: str | None = None
     text_key: str | None = None
     runs_on: torch.device | None = None
+    guided: bool = True
 
     @property
     def device(self) -> torch.device:
@@ -127,6 +134,11 @@ class Denoiser:
             yield trainable
         finally:
             trainable.remove()
+
+    def autocast(self, precision: str) -> torch.autocast:
+        """Returns the context in which the model computes in a precision of the config."""
+        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=precision != "no")
 
     def held(self, checkpointing: bool = False) -> AbstractContextManager[object]:
         """Returns a context in which the model stands still (see `hold`)."""

@@ -1,25 +1,34 @@
-"""diffusers pipelines as denoisers: how each family is called, and how it turns texts into conditions."""
+"""diffusers pipelines as denoisers: which model, which objective, which sizes.
+
+How each family is called stands in `family_calls.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import nn
 
 from ..errors import DiffScalerError, unknown
 from ..families import Family, family_of
 from ..targets import component_of
-from .data import vae_decode, vae_encode
-from .denoiser import Condition, Denoiser
+from .autoencoder import vae_decode, vae_encode
+from .cache import digest_of, encoder_key
+from .denoiser import Denoiser
+from .family_calls import CALLS, FamilyCall, Site
+from .family_texts import TEXTS
 from .objective import Objective
+
+#: Sides in latents that a token of these spans, where the model's own patch size does not say it.
+_PACKED = {"packed2": 2}
+_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def as_denoiser(base: Any) -> Denoiser:
     """Returns a diffusers pipeline as a denoiser (a Denoiser itself is passed through).
 
     Raises:
-        DiffScalerError: The pipeline's family cannot be trained here yet.
+        DiffScalerError: The pipeline's family cannot be trained here.
     """
     if isinstance(base, Denoiser):
         return base
@@ -28,26 +37,28 @@ def as_denoiser(base: Any) -> Denoiser:
     if model is None:
         raise DiffScalerError(f"{type(base).__name__} has neither a transformer nor a unet")
     family = family_of(type(model).__name__)
-    if family.name not in _CALLS:
-        raise unknown("family to train:", family.name, _CALLS)
-    _refuse_extra_conditions(family, model)
+    name, call = _call_of(family, model)
+    texts = TEXTS.get(name) if _has_text_encoder(base) else None
     vae = getattr(base, "vae", None)
-    call, fields = _CALLS[family.name]
-    texts = _TEXTS.get(family.name)
-    has_texts = texts is not None and _has_text_encoder(base)
+    pixels = _pixels_per_latent(base, vae)
+    scheduler, side = getattr(base, "scheduler", None), _side(base, model)
+    site = Site(pixels, {} if scheduler is None else dict(scheduler.config))
     return Denoiser(
         model=model,
-        predict=lambda x, t, condition: call(model, x.to(model.dtype), t, condition),
-        objective=objective_of(family, model, getattr(base, "scheduler", None)),
-        fields=fields,
+        predict=lambda x, t, condition: call.predict(model, x.to(model.dtype), t, condition, site),
+        objective=objective_of(family, model, scheduler),
+        fields=call.fields,
         component=component_of(model),
         encode=None if vae is None else vae_encode(vae),
         decode=None if vae is None else vae_decode(vae),
-        factor=_pixels_per_latent(vae) * int(getattr(model.config, "patch_size", None) or 1),
-        size=_size(model, vae),
-        null_label=_null_label(model) if "label" in fields else None,
-        encode_text=(lambda words: texts(base, words)) if texts and has_texts else None,
-        channels=3 if vae is not None else int(model.config.in_channels),
+        factor=(1 if vae is None else pixels) * _patch(family, model),
+        size=None if side is None else side * (1 if vae is None else pixels),
+        null_label=_null_label(model) if "label" in call.fields else None,
+        encode_text=None if texts is None else lambda words: texts(base, words),
+        channels=3 if vae is not None else _channels(family, model),
+        encoder_key=encoder_key(vae) if isinstance(vae, nn.Module) else None,
+        text_key=None if texts is None else _text_key(base),
+        guided=not getattr(model.config, "guidance_embeds", False),
     )
 
 
@@ -58,103 +69,94 @@ def objective_of(family: Family, model: Any, scheduler: Any = None) -> Objective
         DiffScalerError: A diffusion base without a scheduler to read its noise from.
     """
     if family.objective.startswith("flow"):
-        return Objective(family.objective, family.timestep_scale)
+        scale = float(getattr(model.config, "timestep_scale", None) or 1.0)  # Sana's own
+        return Objective(family.objective, family.timestep_scale * scale)
     if scheduler is None:
         raise DiffScalerError(f"{family.title} needs its scheduler: how noise grows stands there")
+    if not {"beta_start", "trained_betas"} & set(scheduler.config):
+        raise DiffScalerError(
+            f"{type(scheduler).__name__} does not say how {family.title}'s noise grows (it has no "
+            f"betas): give the pipeline the scheduler that the base was trained with"
+        )
     from diffusers import DDPMScheduler
 
     ddpm = DDPMScheduler.from_config(scheduler.config)
     said = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
     kind = said.get(str(ddpm.config.prediction_type), family.objective)
-    inputs, outputs = int(model.config.in_channels), int(model.config.out_channels or 0)
+    inputs, outputs = int(model.config.in_channels), _outputs(model)
     learned_sigma = family.learned_sigma and outputs == 2 * inputs
     return Objective(kind, family.timestep_scale, ddpm.alphas_cumprod, learned_sigma)
 
 
-def _refuse_extra_conditions(family: Family, model: Any) -> None:
-    added = getattr(model.config, "addition_embed_type", None)  # SDXL's sizes and pooled text
-    sized = getattr(model, "use_additional_conditions", False)  # PixArt-α at 1024 pixels
-    if added or sized:
+def _call_of(family: Family, model: Any) -> tuple[str, FamilyCall]:
+    """Returns how a model of that family is called, and what that is listed as.
+
+    Raises:
+        DiffScalerError: It is told something that is not known here, or nothing is known of it.
+    """
+    name, config = family.name, model.config
+    added = getattr(config, "addition_embed_type", None)
+    if name == "unet2d_condition" and added == "text_time":
+        name = "sdxl"
+    elif name == "unet2d_condition":
+        _refuse(added is not None, model, f"{added!r} conditions")
+        _refuse(bool(getattr(config, "class_embed_type", None)), model, "class conditions")
+    elif name == "sana":
+        _refuse(bool(getattr(config, "guidance_embeds", False)), model, "a TrigFlow clock (Sprint)")
+    if name not in CALLS:
+        raise unknown("family to train:", name, CALLS)
+    return name, CALLS[name]
+
+
+def _refuse(really: bool, model: Any, what: str) -> None:
+    if really:
         raise DiffScalerError(
-            f"this {type(model).__name__} ({family.title}) is told picture sizes as well, which "
-            f"training here does not give it yet"
+            f"this {type(model).__name__} is told {what}, which training here does not give it"
         )
 
 
-def _sd3(model: Any, x: Tensor, t: Tensor, c: Condition) -> Tensor:
-    context, pooled = c["context"].to(x.dtype), c["pooled"].to(x.dtype)
-    return model(  # type: ignore[no-any-return]
-        hidden_states=x,
-        timestep=t,
-        encoder_hidden_states=context,
-        pooled_projections=pooled,
-        return_dict=False,
-    )[0]
-
-
-def _dit(model: Any, x: Tensor, t: Tensor, c: Condition) -> Tensor:
-    return model(x, timestep=t, class_labels=c["label"], return_dict=False)[0]  # type: ignore[no-any-return]
-
-
-def _pixart(model: Any, x: Tensor, t: Tensor, c: Condition) -> Tensor:
-    return model(  # type: ignore[no-any-return]
-        x,
-        encoder_hidden_states=c["context"].to(x.dtype),
-        encoder_attention_mask=c.get("mask"),
-        timestep=t,
-        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-        return_dict=False,
-    )[0]
-
-
-def _unet(model: Any, x: Tensor, t: Tensor, c: Condition) -> Tensor:
-    return model(x, t, return_dict=False)[0]  # type: ignore[no-any-return]
-
-
-def _unet_condition(model: Any, x: Tensor, t: Tensor, c: Condition) -> Tensor:
-    return model(x, t, encoder_hidden_states=c["context"].to(x.dtype), return_dict=False)[0]  # type: ignore[no-any-return]
-
-
-#: Family -> (how its model is called, what of the condition it reads).
-_CALLS: dict[str, tuple[Callable[[Any, Tensor, Tensor, Condition], Tensor], tuple[str, ...]]] = {
-    "sd3": (_sd3, ("context", "pooled")),
-    "dit": (_dit, ("label",)),
-    "pixart": (_pixart, ("context", "mask")),
-    "unet2d": (_unet, ()),
-    "unet2d_condition": (_unet_condition, ("context",)),
-}
-
-
-def _sd3_texts(pipe: Any, words: list[str]) -> dict[str, Tensor]:
-    context, _, pooled, _ = pipe.encode_prompt(
-        words, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False
-    )
-    return {"context": context, "pooled": pooled}
-
-
-def _pixart_texts(pipe: Any, words: list[str]) -> dict[str, Tensor]:
-    context, mask, _, _ = pipe.encode_prompt(words, do_classifier_free_guidance=False)
-    return {"context": context, "mask": mask}
-
-
-def _sd_texts(pipe: Any, words: list[str]) -> dict[str, Tensor]:
-    return {"context": pipe.encode_prompt(words, pipe.device, 1, False)[0]}
-
-
-#: Family -> how its pipeline turns texts into a condition, one row each.
-_TEXTS: dict[str, Callable[[Any, list[str]], dict[str, Tensor]]] = {
-    "sd3": _sd3_texts,
-    "pixart": _pixart_texts,
-    "unet2d_condition": _sd_texts,
-}
-
-
 def _has_text_encoder(pipe: Any) -> bool:
-    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    return any(getattr(pipe, name, None) is not None for name in names)
+    return any(getattr(pipe, name, None) is not None for name in _ENCODERS)
 
 
-def _pixels_per_latent(vae: Any) -> int:
+def _text_key(pipe: Any) -> str | None:
+    """Returns what tells a pipeline's reading of texts from any other's, or None if it cannot."""
+    parts: list[str | int | None] = [type(pipe).__qualname__]
+    for name in _ENCODERS:
+        encoder = getattr(pipe, name, None)
+        tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"), None)
+        key = encoder_key(encoder) if isinstance(encoder, nn.Module) else None
+        if encoder is not None and key is None:
+            return None
+        length = getattr(tokenizer, "model_max_length", None)
+        parts += [key, type(tokenizer).__qualname__, str(length)]
+    return digest_of(*parts)
+
+
+def _outputs(model: Any) -> int:
+    said = getattr(model.config, "out_channels", None)
+    return int(said or getattr(model, "out_channels", None) or model.config.in_channels)
+
+
+def _channels(family: Family, model: Any) -> int:
+    """Returns how many channels latents have; a packed model's inputs are 2×2 of them."""
+    return int(model.config.in_channels) // _PACKED.get(family.tokens, 1) ** 2
+
+
+def _patch(family: Family, model: Any) -> int:
+    """Returns the side of a token, in latents."""
+    known = _PACKED.get(family.tokens)
+    patch = getattr(model.config, "patch_size", None) or max(
+        getattr(model.config, "all_patch_size", None) or (1,)
+    )
+    return known or int(patch)
+
+
+def _pixels_per_latent(pipe: Any, vae: Any) -> int:
+    """Returns what the pipeline itself reckons with, else reads it off the VAE."""
+    said = getattr(pipe, "vae_scale_factor", None)
+    if isinstance(said, int):
+        return said
     if vae is None:
         return 1
     blocks = getattr(vae.config, "block_out_channels", None) or ()
@@ -162,9 +164,15 @@ def _pixels_per_latent(vae: Any) -> int:
     return int(2 ** (len(tiny or blocks) - 1)) if (tiny or blocks) else 8
 
 
-def _size(model: Any, vae: Any) -> int | None:
-    side = getattr(model.config, "sample_size", None)
-    return side * _pixels_per_latent(vae) if isinstance(side, int) else None
+def _side(pipe: Any, model: Any) -> int | None:
+    """Returns the side of the base's own pictures, in latents, if it says so."""
+    for side in (
+        getattr(model.config, "sample_size", None),
+        getattr(pipe, "default_sample_size", None),
+    ):
+        if isinstance(side, int):
+            return side
+    return None
 
 
 def _null_label(model: Any) -> int:

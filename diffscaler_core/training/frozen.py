@@ -20,7 +20,12 @@ def frozen(model: Any, checkpointing: bool = False) -> Iterator[None]:
         if checkpointing and not was_checkpointing:
             if not hasattr(model, "enable_gradient_checkpointing"):
                 raise DiffScalerError(f"{type(model).__name__} has no gradient checkpointing")
-            model.enable_gradient_checkpointing()
+            try:
+                model.enable_gradient_checkpointing()
+            except ValueError as error:  # a diffusers model that does not support it
+                raise DiffScalerError(
+                    f"{type(model).__name__} has no gradient checkpointing; leave it off"
+                ) from error
         yield
     finally:
         for parameter, flag in wanted:

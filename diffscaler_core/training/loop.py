@@ -1,87 +1,49 @@
-"""The loop: a frozen base, one task's parameters, and nothing else that changes.
-
-Knows no host: the base is a `Denoiser` (diffusers pipelines become one by themselves).
-"""
+"""Training a task, or several at once, on a frozen base: what a run needs is put together here."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import math
-import platform
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from ..attach import Attachment, attach
 from ..errors import DiffScalerError
 from ..task import TaskAdapter, new_task
-from ..version import __version__
+from .batches import Batches
 from .conditioning import Prompts, prompts_for
 from .config import TrainingConfig
-from .data import TrainingData
 from .denoiser import Denoiser
 from .diffusers_bases import as_denoiser
-from .frozen import frozen
-from .objective import draw_times
-from .optimizer import Ema, make_optimizer, rate_at
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run is, given to `on_step` after each step.
-
-    Attributes:
-        step: Steps done, from 1.
-        steps: Steps in all.
-        loss: This step's loss.
-        mean_loss: Running mean over about 50 steps.
-    """
-
-    step: int
-    steps: int
-    loss: float
-    mean_loss: float
-
-
-#: Called after each step; returning True ends the run there, with the state so far.
-OnStep = Callable[[Progress], bool | None]
-
-
-class DivergedError(DiffScalerError):
-    """The loss became NaN or Inf.
-
-    Attributes:
-        task: The task as it was after the last step with a finite loss.
-    """
-
-    def __init__(self, message: str, task: TaskAdapter) -> None:
-        super().__init__(message)
-        self.task = task
+from .engine import Engine
+from .launch import launch_of
+from .learner import Learner, TaskRun
+from .progress import OnStep
+from .run_folder import RunFolder
 
 
 def train_task(
     base: Any,
-    data: TrainingData,
+    data: Batches,
     config: TrainingConfig | None = None,
     *,
     prompts: Prompts | None = None,
     words: TaskAdapter | None = None,
     task: TaskAdapter | None = None,
+    validation: Batches | None = None,
+    prior: Batches | None = None,
+    folder: str | Path | RunFolder | None = None,
+    resume: str = "auto",
     on_step: OnStep | None = None,
     accelerator: Any = None,
 ) -> TaskAdapter:
     """Returns a task trained on pictures; the base is bit for bit what it was.
 
-    Ctrl-C (KeyboardInterrupt) and an `on_step` that returns True end the run early; the task then
-    is the state so far, and `info["training"]["steps_done"]` says how far.
+    Ctrl-C and an `on_step` that returns True end the run early; the task then is the state so far,
+    and `info["training"]["steps_done"]` says how far. With a folder, that state is saved first, and
+    the same call goes on from there.
 
     Args:
         base: A diffusers pipeline, or a `Denoiser`. It runs where it is, in its own dtype.
@@ -90,201 +52,146 @@ def train_task(
         prompts: What the base is told; default: `prompts_for(…, config.prompts, words=words)`.
         words: Stored prompts to look names up in.
         task: A task to go on from (it stays as it is); default: a new one, which changes nothing.
+        validation: Pictures that are never trained on; default: `config.validation_share` of data.
+        prior: Pictures the task must not forget (prior preservation).
+        folder: Where checkpoints, log, samples and curve go; None: nowhere.
+        resume: "auto": go on from the folder's newest checkpoint, if there is one; "never".
         on_step: Called with a `Progress` after each step.
         accelerator: An `accelerate.Accelerator` of a distributed launch: every process trains on
             its share of each batch, and gradients are averaged.
 
     Raises:
         DivergedError: The loss became NaN or Inf; `.task` is the last good state.
-        DiffScalerError: Prompts that cannot be had, a task that does not fit, …
+        DiffScalerError: Prompts that cannot be had, a task that does not fit, a folder of another
+            run, …
     """
     config = config or TrainingConfig()
-    denoiser = as_denoiser(base)
+    run = TaskRun(config.name, data, prompts, words, task, validation, prior)
+    tasks = train_tasks(
+        base,
+        [run],
+        config,
+        folder=folder,
+        resume=resume,
+        on_step=on_step,
+        accelerator=accelerator,
+    )
+    return tasks[run.name]
+
+
+def train_tasks(
+    base: Any,
+    runs: Sequence[TaskRun],
+    config: TrainingConfig | None = None,
+    *,
+    folder: str | Path | RunFolder | None = None,
+    resume: str = "auto",
+    on_step: OnStep | None = None,
+    accelerator: Any = None,
+) -> dict[str, TaskAdapter]:
+    """Returns several tasks trained in one run on one frozen base, by name.
+
+    Each step is one pass over all tasks' batches, each group of rows running its own task. A task
+    sees nothing of the others: it becomes what a run of its own would make of it.
+
+    Args:
+        base: As in `train_task`.
+        runs: One entry per task, of different names.
+        config: The settings of all; `config.batch` is each task's own batch.
+        folder: As in `train_task`.
+        resume: As in `train_task`.
+        on_step: Called after each step once per task, with `Progress.task` set.
+        accelerator: As in `train_task`.
+
+    Raises:
+        DivergedError: One task's loss became NaN or Inf; `.tasks` are the last good states of all.
+        DiffScalerError: As in `train_task`, or two tasks of one name.
+    """
+    config = config or TrainingConfig()
+    if resume not in ("auto", "never"):
+        raise DiffScalerError(f"resume must be 'auto' or 'never', got {resume!r}")
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names) or not names:
+        raise DiffScalerError(f"a run needs tasks of different names, got {names}")
+    denoiser, launch = as_denoiser(base), launch_of(accelerator)
+    launch.check(config.batch, config.accumulate)
+    runs = [_with_validation(run, config) for run in runs]
+    told = [_prompts_of(run, denoiser, config) for run in runs]
+    tasks = {
+        run.name: _fresh(denoiser, config, run) if run.task is None else _copy(run.task, run.name)
+        for run in runs
+    }
+    with denoiser.held(config.checkpointing), denoiser.attached(tasks) as trainable:
+        trainable.requires_grad_(True)
+        if config.shard:
+            launch.shard(denoiser.model)
+        learners = [
+            Learner(run, trainable, *prompts, config, denoiser.objective, denoiser.device)
+            for run, prompts in zip(runs, told, strict=True)
+        ]
+        with ExitStack() as closing:
+            if folder is not None and not isinstance(folder, RunFolder):
+                folder = RunFolder(Path(folder), main=launch.is_main)
+            if folder is not None:
+                closing.callback(folder.close)
+            engine = Engine(denoiser, trainable, learners, config, launch, folder)
+            engine.begin(resume)
+            return engine.train(on_step)
+
+
+def _with_validation(run: TaskRun, config: TrainingConfig) -> TaskRun:
+    if run.validation is not None or not config.validation_share:
+        return run
+    seed = config.seed if run.seed is None else run.seed
+    data, validation = run.data.split(config.validation_share, seed)
+    return replace(run, data=data, validation=validation if len(validation) else None)
+
+
+def _prompts_of(
+    run: TaskRun, denoiser: Denoiser, config: TrainingConfig
+) -> tuple[Prompts, Prompts | None]:
+    """Returns a task's prompts, and those of its prior pictures."""
+    seed = config.seed if run.seed is None else run.seed
+    prompts = run.prompts
     if prompts is None:
         prompts = prompts_for(
             denoiser,
-            data.prompts,
+            run.data.prompts,
             config.prompts,
-            words=words,
+            words=run.words,
             noise=config.prompt_noise,
-            seed=config.seed,
+            seed=seed,
         )
-    if prompts.names != data.prompts:
-        raise DiffScalerError(f"prompts {prompts.names} are not the data's {data.prompts}")
-    task = _copy(task) if task is not None else _fresh(denoiser, config)
-    with (
-        frozen(denoiser.model, config.checkpointing),
-        attach(denoiser.model, task, component=denoiser.component) as attachment,
-    ):
-        run = _Run(denoiser, data, prompts, attachment, config, accelerator)
-        return run.train(on_step)
-
-
-class _Run:
-    """One run's state: parameters, optimiser, random source, step."""
-
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        data: TrainingData,
-        prompts: Prompts,
-        attachment: Attachment,
-        config: TrainingConfig,
-        accelerator: Any = None,
-    ) -> None:
-        self.denoiser, self.data, self.config = denoiser, data, config
-        self.accelerator = accelerator
-        self.device = denoiser.device
-        self.attachment = attachment.to(self.device).requires_grad_(True)
-        self.prompts = prompts.to(self.device)
-        self.generator = torch.Generator().manual_seed(config.seed)  # on the CPU for every device
-        self.optimizer = make_optimizer(attachment, prompts, config)
-        self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.ema = Ema(self.params, config.ema) if config.ema else None
-        self.step, self.loss, self.mean_loss, self.seconds = 0, math.nan, math.nan, 0.0
-
-    def train(self, on_step: OnStep | None) -> TaskAdapter:
-        """Runs to the end, or to an early one; returns the task as it is then."""
-        start = time.perf_counter()
-        try:
-            while self.step < self.config.steps:
-                self.advance()
-                now = Progress(self.step, self.config.steps, self.loss, self.mean_loss)
-                if on_step is not None and on_step(now):
-                    break
-        except KeyboardInterrupt:
-            logger.warning("interrupted after %d of %d steps", self.step, self.config.steps)
-        self.seconds = time.perf_counter() - start
-        return self.task()
-
-    def advance(self) -> None:
-        """Does one optimiser step.
-
-        Raises:
-            DivergedError: Loss or gradient is not finite; the parameters are left as they were.
-        """
-        loss = self.batch_loss()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.accelerator is None:
-            loss.backward()
-        else:
-            self.accelerator.backward(loss)
-            for param in self.params:
-                if param.grad is not None:
-                    param.grad = self.accelerator.reduce(param.grad, "mean")
-        norm = nn.utils.clip_grad_norm_(self.params, self.config.clip or math.inf)
-        self.loss = float(loss.detach())
-        if not math.isfinite(self.loss) or not math.isfinite(float(norm)):
-            raise DivergedError(self._diverged(), self.task())
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["full_lr"] * rate_at(self.step, self.config)
-        self.optimizer.step()
-        self.step += 1
-        if self.ema is not None:
-            self.ema.update(self.params, self.step)
-        share = max(1 / self.step, 1 / 50)
-        before = 0.0 if self.step == 1 else self.mean_loss
-        self.mean_loss = before + share * (self.loss - before)
-
-    def batch_loss(self) -> Tensor:
-        """Draws one batch and returns its mean loss."""
-        config, generator = self.config, self.generator
-        objective = self.denoiser.objective
-        usual = "logit_normal" if objective.is_flow else "uniform"
-        x0, index = self.data.batch(config.batch, generator)
-        t = draw_times(
-            config.batch,
-            usual if config.timesteps == "auto" else config.timesteps,
-            mean=config.timestep_mean,
-            std=config.timestep_std,
-            shift=config.timestep_shift,
-            uniform_share=config.timestep_uniform,
-            generator=generator,
+    for data in (run.data, run.validation):
+        if data is not None and prompts.names != data.prompts:
+            raise DiffScalerError(f"prompts {prompts.names} are not the data's {data.prompts}")
+    if run.prior is None:
+        return prompts, None
+    others = run.prior_prompts or prompts_for(denoiser, run.prior.prompts, words=run.words)
+    if others.learned:
+        raise DiffScalerError(
+            "the prior pictures' prompts must be known to the base (stored or encoded), not learned"
         )
-        noise = torch.randn(x0.shape, generator=generator)
-        dropped = torch.rand(config.batch, generator=generator) < config.drop
-        drawn = [self._own(tensor) for tensor in (x0, index, t, noise, dropped)]
-        x0, index, t, noise, dropped = drawn
-        timestep, x_t = objective.noisy(x0, noise, t)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            output = self.denoiser.predict(x_t, timestep, self.prompts(index, dropped))
-        return objective.loss(output, x0, noise, t, config.weighting).mean()
-
-    def task(self) -> TaskAdapter:
-        """Returns the task as it is now, with its facts and learned prompts."""
-        swap = self.ema.swapped(self.params) if self.ema is not None else contextlib.nullcontext()
-        with swap:
-            task = self.attachment.task()
-            conditioning = self.prompts.stored() if self.prompts.learned else {}
-        names = list(self.prompts.names) if self.prompts.learned else list(task.prompts)
-        conditioning = conditioning or dict(task.conditioning)
-        facts: dict[str, Any] = {"training": self._facts(), "prompts": names}
-        if "label" in self.prompts.fields:
-            labels = torch.as_tensor(self.prompts.label).tolist()
-            facts["classes"] = dict(zip(self.prompts.names, labels, strict=True))
-        return task.replace(conditioning=conditioning).with_info(**facts)
-
-    def _own(self, drawn: Tensor) -> Tensor:
-        """Returns this process's share of what was drawn for all, on the device."""
-        if self.accelerator is not None and self.accelerator.num_processes > 1:
-            drawn = drawn[self.accelerator.process_index :: self.accelerator.num_processes]
-        return drawn.to(self.device)
-
-    def _facts(self) -> dict[str, Any]:
-        """Returns settings that differ from the defaults, a few always, and what came of them."""
-        settings, default = asdict(self.config), asdict(TrainingConfig())
-        elsewhere = ("name", "method", "rank")  # the task says these itself
-        always = ("steps", "batch", "lr", "lr_scale_shift", "seed")
-        kept = {
-            key: value
-            for key, value in settings.items()
-            if key in always or (key not in elsewhere and value != default[key])
-        }
-        return {
-            **kept,
-            "steps_done": self.step,
-            "images": len(self.data),
-            "objective": self.denoiser.objective.kind,
-            "loss": None if math.isnan(self.mean_loss) else round(self.mean_loss, 5),
-            "seconds": round(self.seconds, 1),
-            "versions": versions(),
-        }
-
-    def _diverged(self) -> str:
-        return (
-            f"the loss became {self.loss} at step {self.step + 1} of {self.config.steps}, so "
-            f"training stopped with the state before it; lower the learning rates "
-            f"(lr {self.config.lr:g}, lr_scale_shift {self.config.lr_scale_shift:g}), or load the "
-            f"base in float32 or bfloat16"
-        )
+    return prompts, others
 
 
-def versions() -> dict[str, str]:
-    """Returns the versions of the libraries a run depends on."""
-    found = {"diffscaler": __version__, "python": platform.python_version()}
-    for package in ("torch", "diffusers", "accelerate"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
-
-
-def _fresh(denoiser: Denoiser, config: TrainingConfig) -> TaskAdapter:
+def _fresh(denoiser: Denoiser, config: TrainingConfig, run: TaskRun) -> TaskAdapter:
     return new_task(
-        denoiser.model,
+        denoiser.model if denoiser.shape_model is None else denoiser.shape_model,
         config.method,
         config.rank,
         config.targets,
-        config.name,
+        run.name,
         exclude=config.exclude,
         component=denoiser.component,
-        seed=config.seed,
+        seed=config.seed if run.seed is None else run.seed,
     )
 
 
-def _copy(task: TaskAdapter) -> TaskAdapter:
+def _copy(task: TaskAdapter, name: str) -> TaskAdapter:
     """Returns the task on float32 tensors of its own; attaching alone would share them."""
     layers = {
-        name: {part: t.detach().to(torch.float32, copy=True) for part, t in tensors.items()}
-        for name, tensors in task.layers.items()
+        layer: {part: t.detach().to(torch.float32, copy=True) for part, t in tensors.items()}
+        for layer, tensors in task.layers.items()
     }
-    return task.replace(layers=layers)
+    return task.replace(layers=layers).with_info(name=name)

@@ -4,7 +4,10 @@ One parameterisation for all: a noisy sample is x_t = α·x0 + σ·ε, and every
 p = c·x0 + d·ε with its own (c, d). Training targets and conversions between kinds follow from these
 two lines, so that no formula is written twice.
 
-Shapes: B batch; samples (B, …); t, α, σ (B,) or scalars broadcast against it.
+Clocks: t in 0..1, where 1 is pure noise; the model's own timestep (`Objective.at`); and log-SNR,
+λ = 2 ln(α/σ), which means the same on every base and is what ranges of noise are given in.
+
+Shapes: B batch; samples (B, …); t, α, σ, λ (B,) or scalars broadcast against it.
 """
 
 from __future__ import annotations
@@ -19,10 +22,11 @@ from torch import Tensor
 
 from ..errors import unknown
 from .config import TIMESTEPS, WEIGHTINGS
+from .progress import BANDS
 
 #: Kind -> (c, d) of p = c·x0 + d·ε, as functions of (α, σ).
-#: x0, epsilon: DDPM (arXiv:2006.11239), Eq. 15 and 14. v: arXiv:2202.00512, Appendix D.
-#: flow: rectified flow as in SD3 (arXiv:2403.03206), Eq. 13; flow_reversed is its negative.
+#: x0, epsilon: DDPM (arXiv:2006.11239). v: progressive distillation (arXiv:2202.00512).
+#: flow: rectified flow as in SD3 (arXiv:2403.03206); flow_reversed is its negative.
 KINDS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor | float, Tensor | float]]] = {
     "x0": lambda alpha, sigma: (1.0, 0.0),
     "epsilon": lambda alpha, sigma: (0.0, 1.0),
@@ -43,14 +47,21 @@ def separate(
 ) -> tuple[Tensor, Tensor]:
     """Returns (x0, ε) from a prediction: the two lines of the module docstring, solved.
 
-    Where a kind says nothing about one of them (x0 at σ = 0, ε at α = 0), that one is not finite.
+    Finite at both ends for v and the flows. Not finite: x0 from epsilon at α = 0 (pure noise says
+    nothing of the data), and ε from x0 at σ = 0 (clean data says nothing of the noise).
     """
     alpha, sigma = spread(alpha, x_t), spread(sigma, x_t)
     c, d = _coefficients(kind, alpha, sigma)
     determinant = alpha * d - sigma * c
-    x0 = (d * x_t - sigma * prediction) / determinant
-    noise = (alpha * prediction - c * x_t) / determinant
+    # What is predicted outright is taken as it is: the solution would be 0/0 at that kind's end.
+    x0 = prediction if kind == "x0" else (d * x_t - sigma * prediction) / determinant
+    noise = prediction if kind == "epsilon" else (alpha * prediction - c * x_t) / determinant
     return x0, noise
+
+
+def log_snr(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Returns λ = 2 ln(α/σ): falls with noise; +∞ for clean data, −∞ for pure noise."""
+    return 2 * (alpha.log() - sigma.log())
 
 
 def convert(
@@ -88,11 +99,28 @@ class Objective:
         """True: noise and data are mixed on a straight line; False: by a DDPM schedule."""
         return self.alphas_cumprod is None
 
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        """Returns the times t in 0..1 at which λ has these values: `at`, backwards.
+
+        Flow: λ = 2 ln((1 − t)/t), so t = sigmoid(−λ/2), exactly. DDPM: the middle of a step's span
+        for that step's λ, straight lines in the angle atan(σ/α) between steps, and the middle of
+        the first or last step's span beyond them.
+        """
+        if self.alphas_cumprod is None:
+            return torch.sigmoid(-log_snr / 2)
+        table = self.alphas_cumprod.to(log_snr.device, log_snr.dtype)
+        # The angle rises with noise and stays finite where λ does not (zero terminal SNR).
+        angles = torch.atan2((1 - table).sqrt(), table.sqrt())
+        angle = torch.atan(torch.exp(-log_snr / 2)).clamp(angles[0], angles[-1])
+        right = torch.searchsorted(angles, angle).clamp(1, len(angles) - 1)
+        low, high = angles[right - 1], angles[right]
+        return (right - 1 + (angle - low) / (high - low) + 0.5) / len(angles)
+
     def at(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (timestep for the model, α, σ), each (B,), for times t (B,) in 0..1.
 
-        Flow: α = 1 − t, σ = t (arXiv:2403.03206, Eq. 13). DDPM: α = √ᾱ, σ = √(1 − ᾱ)
-        (arXiv:2006.11239, Eq. 4) at the integer step ⌊t·T⌋, at most T − 1.
+        Flow: α = 1 − t, σ = t (arXiv:2403.03206). DDPM: α = √ᾱ, σ = √(1 − ᾱ) (arXiv:2006.11239)
+        at the integer step ⌊t·T⌋, at most T − 1.
         """
         if self.alphas_cumprod is None:
             clock = 1 - t if self.kind == "flow_reversed" else t
@@ -111,13 +139,34 @@ class Objective:
         return output.chunk(2, dim=1)[0] if self.learned_sigma else output
 
     def loss(
-        self, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor, weighting: str = "none"
+        self,
+        output: Tensor,
+        x0: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        weighting: str = "none",
+        *,
+        gamma: float = 5.0,
+        tau: float = 1.0,
     ) -> Tensor:
         """Returns the weighted mean squared error per sample, (B,), in float32."""
         _, alpha, sigma = self.at(t)
         target = combine(self.kind, x0, noise, alpha, sigma)
         error = F.mse_loss(self.mean(output).float(), target.float(), reduction="none")
-        return error.flatten(1).mean(1) * loss_weights(weighting, self.kind, alpha, sigma)
+        return error.flatten(1).mean(1) * self.weights(t, weighting, gamma=gamma, tau=tau).float()
+
+    def weights(
+        self,
+        t: Tensor,
+        weighting: str = "none",
+        *,
+        gamma: float = 5.0,
+        tau: float = 1.0,
+        retain: bool = False,
+    ) -> Tensor:
+        """Returns `loss_weights` at times t (B,), or for pictures to be retained."""
+        _, alpha, sigma = self.at(t)
+        return loss_weights(weighting, self.kind, alpha, sigma, gamma, t=t, tau=tau, retain=retain)
 
 
 def draw_times(
@@ -132,8 +181,8 @@ def draw_times(
 ) -> Tensor:
     """Returns times in 0..1 (1 is pure noise), (count,), drawn on the CPU.
 
-    logit_normal: sigmoid of a normal (arXiv:2403.03206, Eq. 19). shift: t' = s·t / (1 + (s − 1)·t)
-    (same, Eq. 23).
+    logit_normal: sigmoid of a normal (arXiv:2403.03206, "logit-normal sampling"). shift: see
+    `shifted`.
 
     Args:
         count: How many.
@@ -154,34 +203,105 @@ def draw_times(
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
-    """Returns times moved towards noise: s·t / (1 + (s − 1)·t) (arXiv:2403.03206, Eq. 23)."""
+    """Returns times moved towards noise: s·t / (1 + (s − 1)·t).
+
+    arXiv:2403.03206, "resolution-dependent shifting of timestep schedules".
+    """
     return shift * t / (1 + (shift - 1) * t)
 
 
+def shift_for(
+    tokens: int,
+    *,
+    small: tuple[int, float] = (256, 0.5),
+    large: tuple[int, float] = (4096, 1.15),
+) -> float:
+    """Returns the shift of a picture of so many tokens: more pixels need more noise.
+
+    s = exp(μ), where μ runs on a straight line through two (tokens, μ); the defaults are FLUX.1's.
+    This is diffusers' `calculate_shift` with the exponential `time_shift` of its
+    FlowMatchEulerDiscreteScheduler, which the Flux, Qwen-Image and Lumina 2 pipelines sample with.
+    """
+    slope = (large[1] - small[1]) / (large[0] - small[0])
+    return math.exp(small[1] + slope * (tokens - small[0]))
+
+
 def loss_weights(
-    scheme: str, kind: str, alpha: Tensor, sigma: Tensor, gamma: float = 5.0
+    scheme: str,
+    kind: str,
+    alpha: Tensor,
+    sigma: Tensor,
+    gamma: float = 5.0,
+    *,
+    t: Tensor | None = None,
+    tau: float = 1.0,
+    retain: bool = False,
 ) -> Tensor:
     """Returns one loss weight per sample, (B,).
 
-    min_snr: min(SNR, γ) in x0's metric, divided by SNR for epsilon, by SNR + 1 for v
-    (arXiv:2303.09556, Sec. 3.4). cosmap: 2 / (π (1 − 2t + 2t²)) (arXiv:2403.03206, Eq. 21).
+    cosmap: 2 / (π (1 − 2σ + 2σ²)) (arXiv:2403.03206, "CosMap"). chain: see `chain_weights`.
+
+    min_snr: min(SNR, γ) on the error of x0 (arXiv:2303.09556), as weight on the error of what the
+    base predicts. For epsilon and v that is the paper's: divided by SNR, by SNR + 1. The same step
+    for a flow is ours: x0 = x_t − t·u, so an error in u is one of t times its size in x0, and the
+    weight is t²·min(SNR, γ) with SNR = (1 − t)²/t².
+
+    Args:
+        scheme: A name in WEIGHTINGS.
+        kind: A name in KINDS.
+        alpha: α, (B,).
+        sigma: σ, (B,).
+        gamma: For min_snr: γ.
+        t: For chain: times, (B,); None: σ, which is a flow's time.
+        tau: For chain: τ.
+        retain: For chain: True: these are pictures to be retained, not adapted to.
 
     Raises:
-        UnknownNameError: No such scheme, or min_snr with a flow.
+        UnknownNameError: No such scheme.
     """
     if scheme == "none":
         return torch.ones_like(sigma)
     if scheme == "cosmap":
         return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+    if scheme == "chain":
+        return chain_weights(sigma if t is None else t, tau)[int(retain)]
     if scheme != "min_snr":
         raise unknown("weighting", scheme, WEIGHTINGS)
-    if kind not in ("epsilon", "v", "x0"):
-        raise unknown(f"weighting for {kind}:", scheme, ("none", "cosmap"))
-    if kind == "v":  # SNR + 1 = 1 / σ² where α² + σ² = 1
-        return torch.minimum(alpha**2, gamma * sigma**2)
     if kind == "epsilon":
         return (gamma * sigma**2 / alpha**2).clamp(max=1.0)
-    return (alpha**2 / sigma**2).clamp(max=gamma)
+    if kind == "x0":
+        return (alpha**2 / sigma**2).clamp(max=gamma)
+    # v: SNR + 1 = 1 / σ², where α² + σ² = 1. Flows: σ² · min(SNR, γ). The same in α and σ.
+    return torch.minimum(alpha**2, gamma * sigma**2)
+
+
+def chain_weights(t: Tensor, tau: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Returns loss weights (to adapt, to retain), each (B,): (1 + τ)·t^τ and (1 + τ)·(1 − t)^τ.
+
+    Diff-Tuning (arXiv:2406.00773): what a base knows of nearly clean pictures serves every task,
+    what it knows of noise must give way; so a task's pictures count the more the noisier they are,
+    and pictures sampled from the base itself, which keep it from forgetting, the less. Theirs
+    (train.py of thuml/Diffusion-Tuning): times of the task's pictures drawn in proportion to t^τ,
+    those of the base's own to (1 − t)^τ, which are a fifth of the batch and weigh 0.1, with τ = 1.
+    Ours: the same densities as weights, of mean 1 over all times. With times drawn uniformly the
+    gradient is the same on average; with others, both act. τ = 0 weighs all times alike.
+    """
+    return (1 + tau) * t**tau, (1 + tau) * (1 - t) ** tau
+
+
+def noise_band(t: Tensor) -> Tensor:
+    """Returns which of progress.BANDS each time lies in, (B,) of int64; t = 1 is in the last."""
+    return torch.stack([t >= edge for edge in BANDS[1:-1]]).sum(0)
+
+
+def band_means(losses: Tensor, t: Tensor) -> Tensor:
+    """Returns the mean loss per noise band, (len(BANDS) − 1,), NaN where no time fell.
+
+    Nothing is read back from the device.
+    """
+    bands = torch.arange(len(BANDS) - 1, device=t.device)
+    inside = (noise_band(t).unsqueeze(1) == bands).to(losses.dtype)
+    return (losses.detach() @ inside) / inside.sum(0)
 
 
 def spread(values: Tensor, like: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def sample_latents(
     objective, x = denoiser.objective, noise.to(denoiser.device)
     times = torch.linspace(1, 0, steps + 1, device=x.device)
     times = shifted(times, shift) if objective.is_flow else times
-    guided = guidance != 1 and bool(condition)
+    guided = guidance != 1 and denoiser.guided and bool(condition)
     for now, after in itertools.pairwise(times):
         timestep, alpha, sigma = objective.at(now.expand(len(x)))
         if guided:
@@ -63,44 +63,45 @@ def sample_latents(
     return x
 
 
-def preview(
+@torch.no_grad()
+def sample_prompts(
     denoiser: Denoiser,
-    task: TaskAdapter,
     prompts: Prompts,
-    shape: tuple[int, int, int],
+    shape: Sequence[int],
     *,
     per_prompt: int = 1,
     seed: int = 0,
     **sampling: Any,
 ) -> list[Tensor]:
-    """Returns pictures of every prompt with the task on, (3, H, W) in −1..1, prompt by prompt.
+    """Returns pictures of every prompt, (3, H, W) in −1..1, prompt by prompt.
 
     Args:
-        denoiser: The base.
-        task: What to attach.
+        denoiser: The base, held still, with whatever tasks are attached.
         prompts: The prompts to show.
         shape: Of one latent, (C, h, w).
         per_prompt: Pictures per prompt.
         seed: Seed of the noise; the same seed starts each preview from the same noise.
         sampling: As in `sample_latents`.
     """
-    prompts = prompts.to(denoiser.device)
+    prompts = prompts.place(denoiser.device)
     index = torch.arange(len(prompts.names)).repeat_interleave(per_prompt)
     noise = torch.randn(len(index), *shape, generator=torch.Generator().manual_seed(seed))
     pictures: list[Tensor] = []
-    with (
-        denoiser.held(),
-        denoiser.attached({task.name: task}),
-        torch.no_grad(),
-    ):
-        for rows in index.split(16):
-            own = rows.to(denoiser.device)
-            part = noise[len(pictures) : len(pictures) + len(rows)]
-            condition, null = prompts(own), prompts.null(len(rows))
-            latents = sample_latents(denoiser, condition, null, part, **sampling)
-            pixels = denoiser.decode(latents) if denoiser.decode else latents.clamp(-1, 1)
-            pictures += list(pixels.cpu())
+    for rows in index.split(16):
+        own = rows.to(denoiser.device)
+        part = noise[len(pictures) : len(pictures) + len(rows)]
+        latents = sample_latents(denoiser, prompts(own), prompts.null(len(rows)), part, **sampling)
+        pixels = denoiser.decode(latents) if denoiser.decode else latents.clamp(-1, 1)
+        pictures += list(pixels.float().cpu())
     return pictures
+
+
+def preview(
+    denoiser: Denoiser, task: TaskAdapter, prompts: Prompts, shape: Sequence[int], **settings: Any
+) -> list[Tensor]:
+    """Returns pictures of every prompt with a task on; see `sample_prompts`."""
+    with denoiser.held(), denoiser.attached({task.name: task}):
+        return sample_prompts(denoiser, prompts, shape, **settings)
 
 
 def grid(pictures: Sequence[Tensor], columns: int) -> Any:

@@ -7,23 +7,31 @@ import contextlib
 import torch
 
 from ..task import TaskAdapter
+from .batches import Batches
 from .conditioning import Prompts
-from .data import TrainingData
 from .denoiser import Denoiser
+from .randomness import generator_for
+
+_VALIDATION = 103  # its stream of random numbers
 
 
 @torch.no_grad()
 def validation_loss(
     denoiser: Denoiser,
-    data: TrainingData,
+    data: Batches,
     prompts: Prompts,
     task: TaskAdapter | None = None,
     *,
-    times: int = 4,
+    times: int = 8,
     batch: int = 32,
     seed: int = 0,
+    precision: str = "no",
+    held: bool = False,
 ) -> float:
     """Returns the mean unweighted loss over every picture at `times` evenly spread times each.
+
+    A picture's noise depends on its number, the time's number and the seed alone, so the figure is
+    comparable between steps, runs, batch sizes and hosts.
 
     Args:
         denoiser: The base.
@@ -33,20 +41,31 @@ def validation_loss(
         times: Times per picture, (i + ½) / times.
         batch: Rows per prediction.
         seed: Of the noise.
+        precision: As in the config.
+        held: True: the base is held still already.
     """
-    generator = torch.Generator().manual_seed(seed)
     objective, device = denoiser.objective, denoiser.device
-    x0 = data.latents[0].repeat(times, *(1,) * (data.latents.ndim - 2))
-    index = data.index.repeat(times)
-    t = (torch.arange(times) + 0.5).repeat_interleave(len(data)) / times
-    noise = torch.randn(x0.shape, generator=generator)
-    prompts = prompts.to(device)
+    prompts = prompts.place(device)
     worn = contextlib.nullcontext() if task is None else denoiser.attached({task.name: task})
-    total = 0.0
-    with denoiser.held(), worn:
-        for rows in torch.arange(len(x0)).split(batch):
-            own = [tensor[rows].to(device) for tensor in (x0, index, t, noise)]
-            timestep, x_t = objective.noisy(own[0], own[3], own[2])
-            output = denoiser.predict(x_t, timestep, prompts(own[1]))
-            total += float(objective.loss(output, own[0], own[3], own[2]).sum())
-    return total / len(x0)
+    total, seen = 0.0, 0
+    with contextlib.nullcontext() if held else denoiser.held(), worn:
+        for part in data.whole(batch):
+            numbers = range(seen, seen + len(part.x0))
+            seen += len(part.x0)
+            x0, index = part.x0.to(device), part.index.to(device)
+            told = prompts(index) if part.condition is None else prompts.mixed(part.condition)
+            for i in range(times):
+                noise = torch.stack(
+                    [
+                        torch.randn(
+                            part.x0.shape[1:], generator=generator_for(seed, _VALIDATION, n, i)
+                        )
+                        for n in numbers
+                    ]
+                ).to(device)
+                t = torch.full((len(x0),), (i + 0.5) / times, device=device)
+                timestep, x_t = objective.noisy(x0, noise, t)
+                with denoiser.autocast(precision):
+                    output = denoiser.predict(x_t, timestep, told)
+                total += float(objective.loss(output, x0, noise, t).sum())
+    return total / (seen * times)

@@ -8,10 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
 
-from diffscaler_core import TaskAdapter, save_task  # noqa: E402
-from diffscaler_core.training import as_denoiser  # noqa: E402
+from diffscaler_core import TaskAdapter, save_task
+from diffscaler_core.training import as_denoiser
+
+from .bases import PIPES, Pipe, dit_pipe, sd3_pipe, tiny_vae, unet_pipe, words_of
+
+__all__ = ["PIPES", "Pipe", "dit_pipe", "sd3_pipe", "tiny_vae", "unet_pipe"]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -21,60 +25,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-class Pipe:
-    """What the trainer reads of a pipeline."""
-
-    def __init__(self, scheduler, vae=None, transformer=None, unet=None):
-        self.scheduler, self.vae, self.transformer, self.unet = scheduler, vae, transformer, unet
-
-
-def tiny_vae():
-    torch.manual_seed(1)
-    return diffusers.AutoencoderTiny(
-        latent_channels=4,
-        encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        num_encoder_blocks=(1, 1),
-        num_decoder_blocks=(1, 1),
-        scaling_factor=1.0,
-        shift_factor=0.0,
-    ).eval()
-
-
-def sd3_pipe():
-    torch.manual_seed(0)
-    model = diffusers.SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2,
-        num_attention_heads=2, attention_head_dim=8, caption_projection_dim=16,
-        joint_attention_dim=12, pooled_projection_dim=10, pos_embed_max_size=8,
-    )  # fmt: skip
-    return Pipe(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), tiny_vae(), model)
-
-
-def dit_pipe():
-    torch.manual_seed(0)
-    model = diffusers.DiTTransformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, out_channels=8, num_layers=2,
-        num_attention_heads=2, attention_head_dim=8, num_embeds_ada_norm=10,
-    )  # fmt: skip
-    scheduler = diffusers.DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear")
-    return Pipe(scheduler, tiny_vae(), model)
-
-
-def unet_pipe():
-    torch.manual_seed(0)
-    model = diffusers.UNet2DModel(
-        sample_size=16, in_channels=3, out_channels=3, layers_per_block=1,
-        block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-    return Pipe(diffusers.DDPMScheduler(), unet=model)
-
-
-PIPES = {"sd3": sd3_pipe, "dit": dit_pipe, "unet2d": unet_pipe}
 
 
 @pytest.fixture(params=PIPES)
@@ -89,13 +39,7 @@ def sd3():
 
 @pytest.fixture
 def words() -> TaskAdapter:
-    generator = torch.Generator().manual_seed(3)
-    names = ["", "red", "blue", "green"]
-    conditioning = {
-        "context": torch.randn(4, 3, 12, generator=generator),
-        "pooled": torch.randn(4, 10, generator=generator),
-    }
-    return TaskAdapter({}, {"name": "words", "method": "prompts", "prompts": names}, conditioning)
+    return words_of()
 
 
 @pytest.fixture

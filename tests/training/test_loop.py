@@ -6,40 +6,11 @@ import torch
 
 from diffscaler_core import attach, load_task, new_task, save_task
 from diffscaler_core.errors import DiffScalerError, UnknownNameError
-from diffscaler_core.training import (
-    DivergedError,
-    TrainingConfig,
-    encode_folder,
-    prompts_for,
-    train_task,
-)
+from diffscaler_core.training import DivergedError, prompts_for, train_task
 from diffscaler_core.training.frozen import frozen
 from diffscaler_core.training.optimizer import Ema, rate_at
 
-
-def config_of(**changes):
-    defaults = dict(
-        name="tiny", steps=40, batch=8, rank=2, lr=1e-2, lr_scale_shift=3e-2, warmup=2, seed=5
-    )
-    return TrainingConfig(**{**defaults, **changes})
-
-
-def data_of(denoiser, pictures):
-    return encode_folder(pictures, 16, denoiser.encode or (lambda pixels: pixels))
-
-
-def trained(denoiser, pictures, words=None, on_step=None, task=None, **changes):
-    data = data_of(denoiser, pictures)
-    config = config_of(**changes)
-    return train_task(denoiser, data, config, words=words, on_step=on_step, task=task)
-
-
-def weights_of(task):
-    return [t for layer in task.layers.values() for t in layer.values()]
-
-
-def same(one, two):
-    return all(torch.equal(a, b) for a, b in zip(weights_of(one), weights_of(two), strict=True))
+from .runs import config_of, data_of, same, trained, weights_of
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -250,8 +221,8 @@ def test_frozen_gives_every_flag_back(sd3):
     [
         ({"steps": 0}, "steps must be at least 1"),
         ({"lr": 0.0}, "lr must be above 0"),
-        ({"drop": 1.5}, "drop must lie in 0..1"),
-        ({"schedule": "linear"}, "unknown schedule 'linear'; known: cosine, constant"),
+        ({"drop": 1.5}, "drop must be 0 to 1"),
+        ({"schedule": "sine"}, "unknown schedule 'sine'; known: cosine, linear, constant"),
         ({"precision": "fp8"}, "unknown precision"),
     ],
 )

@@ -1,0 +1,99 @@
+"""Training K tasks in one run, as a ratio to K runs one after the other, measured together.
+
+    python benchmarks/several_tasks_training.py [--tasks 4] [--batches 1 2 4] [--device cuda]
+
+A DiT-S/2-sized transformer (12 blocks, width 384, 256 tokens) of diffusers' own class with random
+weights, rank 8 on every Linear of every block, the trainer as users start it. Both ways take turns;
+the fastest step of each counts. Prints a Markdown table for RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+
+import torch
+from diffusers import DDIMScheduler, DiTTransformer2DModel
+
+from diffscaler_core.training import (
+    Denoiser,
+    TaskRun,
+    TrainingConfig,
+    TrainingData,
+    as_denoiser,
+    train_tasks,
+)
+
+STEPS = 4  # per turn, the first of which does not count
+
+
+class Pipe:
+    """What the trainer reads of a pipeline."""
+
+    def __init__(self, device: str) -> None:
+        torch.manual_seed(0)
+        self.vae = None
+        self.scheduler = DDIMScheduler()
+        self.transformer = DiTTransformer2DModel(
+            num_attention_heads=6,
+            attention_head_dim=64,
+            in_channels=4,
+            out_channels=8,
+            num_layers=12,
+            sample_size=32,
+            patch_size=2,
+            num_embeds_ada_norm=1000,
+        ).to(device)
+
+
+def data_of(seed: int) -> TrainingData:
+    """Returns random latents."""
+    generator = torch.Generator().manual_seed(seed)
+    return TrainingData(torch.randn(1, 16, 4, 32, 32, generator=generator), torch.zeros(16).long(), ("1",))
+
+
+def fastest_step(base: Denoiser, runs: list[TaskRun], config: TrainingConfig) -> float:
+    """Returns the seconds of a run's fastest step but the first."""
+    ends: list[float] = []
+
+    def on_step(progress: object) -> None:
+        if base.device.type == "cuda":
+            torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+
+    train_tasks(base, runs, config, on_step=on_step)
+    ends = ends[len(runs) - 1 :: len(runs)]  # one report per task and step
+    return min(after - before for before, after in zip(ends, ends[1:], strict=False))
+
+
+def measure(base: Denoiser, count: int, batch: int, rounds: int) -> tuple[float, float]:
+    """Returns the seconds of one step: of all tasks in one run, and of their runs' sum."""
+    config = TrainingConfig(steps=STEPS, batch=batch, rank=8, save_every=0)
+    runs = [TaskRun(f"task{i}", data_of(i)) for i in range(count)]
+    together, apart = math.inf, [math.inf] * count
+    for _ in range(rounds):
+        together = min(together, fastest_step(base, runs, config))
+        for i, run in enumerate(runs):
+            apart[i] = min(apart[i], fastest_step(base, [run], config))
+    return together, sum(apart)
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tasks", type=int, default=4)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    base = as_denoiser(Pipe(options.device))
+    print(f"| pictures per task | {options.tasks} runs, s per step | one run, s | ratio |")
+    print("|---|---|---|---|")
+    for batch in options.batches:
+        together, apart = measure(base, options.tasks, batch, options.rounds)
+        print(f"| {batch} | {apart:.3f} | {together:.3f} | {together / apart:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

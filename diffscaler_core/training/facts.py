@@ -1,0 +1,104 @@
+"""What a run says of itself in a task file, and whether a checkpoint is of the same run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ..errors import DiffScalerError
+from ..version import __version__
+from .config import TrainingConfig
+from .learner import Learner
+
+logger = logging.getLogger(__name__)
+
+#: Settings that a run cannot change half-way.
+_FIXED = ("method", "rank", "targets", "exclude", "optimizer", "ema")
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of the libraries a run depends on."""
+    found = {"diffscaler": __version__, "python": platform.python_version()}
+    for package in ("torch", "diffusers", "accelerate"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def check_same_run(
+    facts: Mapping[str, Any], config: TrainingConfig, learners: Sequence[Learner], folder: Path
+) -> None:
+    """Makes sure that a checkpoint's run can go on as this one; says what has changed.
+
+    Raises:
+        DiffScalerError: It trained other parameters, or other tasks.
+    """
+    before, now = facts["config"], plain_settings(config)
+    changed = [f"{k} {before.get(k)}, now {now[k]}" for k in _FIXED if before.get(k) != now[k]]
+    names = [learner.name for learner in learners]
+    if sorted(facts["tasks"]) != sorted(names):
+        changed.append(f"tasks {sorted(facts['tasks'])}, now {sorted(names)}")
+    if changed:
+        raise DiffScalerError(
+            f"{str(folder)!r} holds checkpoints of another run ({'; '.join(changed)}); "
+            f"give another folder, or start anew there with resume 'never'"
+        )
+    other = [k for k in now if k in before and before[k] != now[k] and k != "steps"]
+    if other:
+        told = ", ".join(f"{key} {before[key]}, now {now[key]}" for key in other)
+        logger.warning("going on with other settings than before: %s", told)
+    for learner in learners:
+        images = facts["tasks"][learner.name]["images"]
+        if images != len(learner.run.data):
+            logger.warning(
+                "task %r had %d pictures before, now %d",
+                learner.name,
+                images,
+                len(learner.run.data),
+            )
+
+
+def plain_settings(config: TrainingConfig) -> dict[str, Any]:
+    """Returns the settings as JSON would give them back."""
+    settings = asdict(config)
+    return {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in settings.items()}
+
+
+def training_facts(
+    config: TrainingConfig, learner: Learner, step: int, seconds: float
+) -> dict[str, Any]:
+    """Returns settings that differ from the defaults, a few always, and what came of them."""
+    settings, default = plain_settings(config), plain_settings(TrainingConfig())
+    elsewhere = ("name", "method", "rank")  # the task says these itself
+    always = ("steps", "batch", "lr", "lr_scale_shift", "seed")
+    kept = {
+        key: value
+        for key, value in settings.items()
+        if key in always or (key not in elsewhere and value != default[key])
+    }
+    history = learner.history
+    facts = {
+        **kept,
+        "seed": learner.seed,
+        "steps_done": step,
+        "images": len(learner.run.data),
+        "objective": learner.objective.kind,
+        "loss": None if math.isnan(history.mean_loss) else round(history.mean_loss, 5),
+        "seconds": round(seconds, 1),
+        "versions": versions(),
+    }
+    if history.validations:
+        best = dict(history.validations)[history.best_step]
+        facts |= {
+            "validation_loss": round(history.validations[-1][1], 5),
+            "best_validation_loss": round(best, 5),
+            "best_step": history.best_step,
+        }
+    return facts

@@ -1,0 +1,135 @@
+"""What a run's settings name, loaded: each task's pictures, prompts and starting point."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import DiffScalerError, first_names
+from ..files import load_task
+from ..task import TaskAdapter
+from .bases import default_words
+from .conditioning import prompts_for
+from .data import TrainingData, encode_folder
+from .denoiser import Denoiser
+from .learner import TaskRun
+from .settings import RunSettings, TaskSettings
+
+#: What is encoded -> how to show how far that is: (done, all).
+Shown = Callable[[str], Callable[[int, int], None]]
+
+
+def load_words(settings: RunSettings) -> dict[str, TaskAdapter | None]:
+    """Returns each task's stored prompts, from its own file or from beside the base."""
+    beside = default_words(settings.base)
+    files = {task.name: task.words or beside for task in settings.tasks}
+    return {name: None if file is None else load_task(file) for name, file in files.items()}
+
+
+def load_starts(settings: RunSettings) -> dict[str, TaskAdapter]:
+    """Returns the tasks to go on from."""
+    return {task.name: load_task(task.start) for task in settings.tasks if task.start is not None}
+
+
+def picture_size(settings: RunSettings, denoiser: Denoiser) -> int:
+    """Returns the side of the pictures in pixels: the one asked for, or the base's own.
+
+    Raises:
+        DiffScalerError: The base does not say, or cannot take it.
+    """
+    size = settings.size or denoiser.size
+    if size is None:
+        raise DiffScalerError("this base does not say its size; give size (--size) in pixels")
+    if size % denoiser.factor:
+        raise DiffScalerError(f"size {size} must be a multiple of {denoiser.factor} for this base")
+    return size
+
+
+def load_run(
+    denoiser: Denoiser,
+    settings: RunSettings,
+    task: TaskSettings,
+    words: TaskAdapter | None,
+    start: TaskAdapter | None,
+    shown: Shown,
+) -> TaskRun:
+    """Returns one task's run: its pictures encoded, its prompts looked up.
+
+    Raises:
+        DiffScalerError: Pictures or prompts that cannot be had.
+    """
+    config, size = settings.config, picture_size(settings, denoiser)
+
+    def encoded(where: str, name: str = task.name, views: bool = True) -> TrainingData:
+        return encode_folder(
+            _place(where),
+            size,
+            denoiser.encode or (lambda pixels: pixels),
+            name=name,
+            split=settings.split,
+            image=settings.image_column,
+            prompt=settings.caption_column,
+            flip=settings.flip and views,
+            crops=settings.crops if views else 0,
+            buckets=settings.buckets,
+            factor=denoiser.factor,
+            skip_bad=settings.skip_bad,
+            channels=denoiser.channels,
+            cache=settings.cache,
+            encoder_key=denoiser.encoder_key,
+            on_encode=shown(where),
+        )
+
+    data = encoded(task.data)
+    validation = prior = None
+    if task.validation is not None:
+        validation = encoded(task.validation, views=False)
+        data, validation = with_one_table(data, validation)
+    if task.prior is not None:
+        prior = encoded(task.prior, name=Path(task.prior).name)
+    prompts = prompts_for(
+        denoiser, data.prompts, task.prompts, words=words, noise=config.prompt_noise,
+        seed=config.seed, cache=settings.cache,
+    )  # fmt: skip
+    if prompts.learned:
+        _refuse_untrained(data)
+    return TaskRun(
+        task.name, data, prompts, words, start, validation=validation, prior=prior, seed=config.seed
+    )
+
+
+def with_one_table(
+    data: TrainingData, validation: TrainingData
+) -> tuple[TrainingData, TrainingData]:
+    """Returns both with one list of prompts: the first's, then what only the second has."""
+    names = tuple(dict.fromkeys((*data.prompts, *validation.prompts)))
+    moved = [names.index(name) for name in validation.prompts]
+    index = validation.index.new_tensor(moved)[validation.index]
+    return (
+        dataclasses.replace(data, prompts=names),
+        dataclasses.replace(validation, prompts=names, index=index),
+    )
+
+
+def _refuse_untrained(data: TrainingData) -> None:
+    """Refuses to learn a prompt that no training picture has."""
+    shown = set(data.index.tolist())
+    never = [name for i, name in enumerate(data.prompts) if i not in shown]
+    if never:
+        raise DiffScalerError(
+            f"{len(never)} prompts stand only in the validation pictures, so they would be "
+            f"validated without being learned: {first_names(never)}"
+        )
+
+
+def skipped_lines(runs: Sequence[TaskRun]) -> list[str]:
+    """Returns a line per picture that could not be used."""
+    sources = [data for run in runs for data in (run.data, run.validation, run.prior)]
+    return [line for data in sources for line in getattr(data, "skipped", ())]
+
+
+def _place(where: str) -> Any:
+    """Returns a folder as a path; a data set's name stays a text."""
+    return where if where.startswith("datasets:") else Path(where).expanduser()

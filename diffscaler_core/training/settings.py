@@ -1,0 +1,293 @@
+"""SETTINGS: every key of a configuration file, which is every flag of `diffscaler train` as well.
+
+Data, and `RunSettings`, what the keys add up to. Reads no file and loads nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import DiffScalerError, TaskFileError, unknown
+from .config import CHOICES, TrainingConfig
+
+DTYPES = ("float32", "bfloat16", "float16")
+RESUMES = ("auto", "never")
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "swanlab")
+#: Section of a file -> what it is about; also the order of `--help`. "" stands before any section.
+SECTIONS = {
+    "": "The three that you must say, or nearly",
+    "task": "The task",
+    "training": "How long and how fast",
+    "pictures": "The pictures",
+    "prompts": "What the base is told",
+    "noise": "Which noise, which weight",
+    "validation": "What is looked at on the way",
+    "run": "How it runs",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key.
+
+    Attributes:
+        name: Its name in a file; the flag is `--name` with dashes.
+        section: The section of a file it may stand in (or before all sections); see SECTIONS.
+        help: A few words.
+        kind: str, int, float, bool or Path.
+        choices: The names it may have; none: any.
+        many: A list of texts is taken as well.
+        common: Shown first in `--help`.
+        flags: Other flags than `--name`.
+    """
+
+    name: str
+    section: str
+    help: str
+    kind: type = str
+    choices: tuple[str, ...] = ()
+    many: bool = False
+    common: bool = False
+    flags: tuple[str, ...] = ()
+
+
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(TrainingConfig)}
+
+
+def _of_config(name: str, section: str, help: str, **more: Any) -> Setting:
+    """Returns a setting that `TrainingConfig` holds: type and choices are read off there."""
+    kind = str if _DEFAULTS[name] is None else type(_DEFAULTS[name])
+    return Setting(name, section, help, kind, tuple(CHOICES.get(name, ())), **more)
+
+
+SETTINGS: dict[str, Setting] = {
+    setting.name: setting
+    for setting in (
+        Setting("base", "", "A diffusers folder, or owner/name on the Hub.", common=True),
+        Setting("data", "", "A folder of pictures, or datasets:name.", common=True),
+        Setting("out", "", "The task file to write.", Path, common=True, flags=("--out", "-o")),
+        _of_config("name", "task", "The task's name; default: the file's.", common=True),
+        _of_config("method", "task", "Which parts on which layers."),
+        _of_config("rank", "task", "Width of the new subspaces.", common=True),
+        _of_config("targets", "task", "blocks, attention, mlp, all, or a pattern.", many=True),
+        _of_config("exclude", "task", "Targets to leave out: a pattern.", many=True),
+        Setting("start", "task", "Go on from this task file.", Path, flags=("--start", "--from")),
+        Setting("save_dtype", "task", "Of the file.", choices=DTYPES),
+        _of_config("steps", "training", "Optimiser steps.", common=True),
+        _of_config("batch", "training", "Pictures per step.", common=True),
+        _of_config("accumulate", "training", "Parts a batch is computed in."),
+        _of_config("lr", "training", "Learning rate of the subspaces.", common=True),
+        _of_config("lr_scale_shift", "training", "Learning rate of scales and shifts."),
+        _of_config("lr_prompts", "training", "Learning rate of learned prompts."),
+        _of_config("optimizer", "training", "What moves the parameters."),
+        _of_config("schedule", "training", "How the learning rates fall."),
+        _of_config("warmup", "training", "Steps over which they rise first."),
+        _of_config("restarts", "training", "Arcs of cosine_restarts."),
+        _of_config("weight_decay", "training", "Of the subspaces."),
+        _of_config("beta1", "training", "AdamW's memory of gradients."),
+        _of_config("beta2", "training", "AdamW's memory of their squares."),
+        _of_config("clip", "training", "Largest norm of a gradient; 0: any."),
+        _of_config("ema", "training", "Running mean that is saved, such as 0.99; 0: none."),
+        Setting("size", "pictures", "Side in pixels; default: the base's.", int, common=True),
+        Setting("buckets", "pictures", "Keep wide and tall pictures wide and tall.", bool),
+        Setting("crops", "pictures", "Random crops of each picture, beside its middle.", int),
+        Setting("flip", "pictures", "Also the mirrored pictures.", bool),
+        Setting("skip_bad", "pictures", "Skip broken pictures.", bool),
+        Setting("cache", "pictures", "Folder that keeps encoded pictures.", Path),
+        Setting("split", "pictures", "Of a data set."),
+        Setting("image_column", "pictures", "Of a data set; default: the first with pictures."),
+        Setting("caption_column", "pictures", "Of a data set, or key of metadata.jsonl."),
+        Setting("prior", "pictures", "Pictures of what the base must not forget."),
+        _of_config("prior_weight", "pictures", "Weight of their loss."),
+        _of_config("prior_share", "pictures", "Share of each batch they take."),
+        _of_config("prompts", "prompts", "Where prompts come from."),
+        Setting("words", "prompts", "File of stored prompts.", Path),
+        _of_config("drop", "prompts", "Share of prompts left out, for guidance."),
+        _of_config("prompt_noise", "prompts", "What tells new prompts apart at first."),
+        _of_config("perturb", "prompts", "Noise on the prompts' embeddings."),
+        _of_config("perturb_gamma", "prompts", "Its size."),
+        _of_config("timesteps", "noise", "How much noise, and how often."),
+        _of_config("timestep_mean", "noise", "logit_normal's mean."),
+        _of_config("timestep_std", "noise", "logit_normal's width."),
+        _of_config("timestep_shift", "noise", "Above 1: more of the noisy times."),
+        _of_config("timestep_uniform", "noise", "Share of uniform times among them."),
+        _of_config("weighting", "noise", "Weight of the loss by noise."),
+        _of_config("snr_gamma", "noise", "min_snr's cap."),
+        _of_config("chain_tau", "noise", "chain's rise with noise."),
+        Setting("validation", "validation", "Pictures that are not trained on."),
+        _of_config("validation_share", "validation", "Or: the share of the pictures kept back."),
+        _of_config("validate_every", "validation", "Steps between validations; 0: at the end."),
+        _of_config("validation_times", "validation", "Noise levels per picture."),
+        _of_config("sample_every", "validation", "Steps between samples; 0: at the end."),
+        _of_config("sample_steps", "validation", "Steps of the sampler."),
+        _of_config("guidance", "validation", "Guidance of the samples."),
+        Setting("preview", "validation", "Copy the last samples into this PNG.", Path),
+        Setting("folder", "run", "The run's folder; default: beside the task file.", Path),
+        Setting("resume", "run", "Go on where the run stopped.", choices=RESUMES),
+        _of_config("save_every", "run", "Steps between checkpoints; 0: only at the end."),
+        _of_config("keep", "run", "Checkpoints kept."),
+        Setting("device", "run", "auto, cpu, cuda, …"),
+        Setting("dtype", "run", "Of the base.", choices=DTYPES),
+        _of_config("precision", "run", "What is computed in: no is as the base is."),
+        _of_config("checkpointing", "run", "Less memory, slower."),
+        _of_config("shard", "run", "Split the base over several devices."),
+        _of_config("seed", "run", "Same seed, same numbers."),
+        Setting("log_with", "run", "Send the numbers to this tracker too.", choices=TRACKERS),
+        Setting("push_to_hub", "run", "Upload task and card to owner/name."),
+    )
+}
+#: Keys of a `[[tasks]]` entry: what may differ between the tasks of one run.
+TASK_KEYS = ("name", "data", "out", "words", "prompts", "validation", "prior", "start")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """What one task of a run learns from, and where it goes; as in SETTINGS."""
+
+    name: str
+    data: str
+    out: Path
+    prompts: str = "auto"
+    words: Path | None = None
+    validation: str | None = None
+    prior: str | None = None
+    start: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """A run, checked; nothing is loaded yet. Attributes are as in SETTINGS.
+
+    Attributes:
+        config: What `train_task` is told.
+        tasks: One entry, or one per `[[tasks]]`.
+        values: The keys that were said, as they were said.
+    """
+
+    base: str
+    folder: Path
+    tasks: tuple[TaskSettings, ...]
+    config: TrainingConfig
+    save_dtype: str = "float32"
+    size: int | None = None
+    buckets: bool = False
+    crops: int = 0
+    flip: bool = False
+    skip_bad: bool = False
+    cache: Path | None = None
+    split: str = "train"
+    image_column: str | None = None
+    caption_column: str | None = None
+    preview: Path | None = None
+    resume: str = "auto"
+    device: str = "auto"
+    dtype: str = "float32"
+    log_with: str | None = None
+    push_to_hub: str | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+def settings_of(values: Mapping[str, Any]) -> RunSettings:
+    """Returns the run that checked values add up to; fills in names and places.
+
+    Args:
+        values: Key of SETTINGS -> value, and "tasks" -> one mapping per task.
+
+    Raises:
+        DiffScalerError: Something is missing, or two settings contradict each other.
+    """
+    entries = list(values.get("tasks", ()))
+    if not values.get("base"):
+        raise DiffScalerError("no base was given; say base = 'folder' in the file, or --base")
+    if entries and (values.get("data") or values.get("out")):
+        raise DiffScalerError("with [[tasks]], data and out belong into each task's own entry")
+    if not entries and not values.get("data"):
+        raise DiffScalerError("no pictures were given; say data = 'folder' in the file, or --data")
+    shared = {key: values[key] for key in TASK_KEYS if key in values}
+    named = [_named({**shared, **entry}) for entry in entries or [{}]]
+    folder = _folder(values, named)
+    tasks = tuple(_task(one, folder) for one in named)
+    _refuse_doubles(tasks)
+    if _among_pictures(folder, named):
+        raise DiffScalerError(
+            f"the run's folder {str(folder)!r} lies among the pictures, where its samples would be "
+            f"trained on; give another folder"
+        )
+    if values.get("buckets") and any(task.prior for task in tasks):
+        raise DiffScalerError("prior pictures and the task's must have one shape: without buckets")
+    known = {f.name for f in dataclasses.fields(RunSettings)} - {"folder", "tasks", "config"}
+    config = {key: value for key, value in values.items() if key in _DEFAULTS}
+    return RunSettings(
+        folder=folder,
+        tasks=tasks,
+        config=TrainingConfig(**{**config, "name": tasks[0].name}),
+        values=dict(values),
+        **{key: value for key, value in values.items() if key in known},
+    )
+
+
+def _named(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a task's entry with its name: what it says, the file's, or the pictures' folder's."""
+    out = entry.get("out")
+    if out is not None and out.suffix != ".safetensors":
+        raise TaskFileError(f"out {out.name!r} must end in .safetensors")
+    if "data" not in entry:
+        raise DiffScalerError(f"task {entry.get('name', '')!r} names no data, a folder of pictures")
+    shown = Path(str(entry["data"]).removeprefix("datasets:")).resolve()
+    name = entry.get("name") or (out.stem if out else shown.stem) or "task"
+    return {**entry, "name": name}
+
+
+def _folder(values: Mapping[str, Any], named: list[dict[str, Any]]) -> Path:
+    """Returns the run's folder: the one given, or one named like the task, beside its file."""
+    if values.get("folder"):
+        return Path(values["folder"])
+    out = named[0].get("out")
+    if out is None:
+        return Path("runs") / plain("+".join(str(one["name"]) for one in named))
+    if len(named) > 1:
+        return Path(out).parent / "run"
+    beside = Path(out).with_suffix("")
+    return beside.with_name(f"{beside.name}-run") if _among_pictures(beside, named) else beside
+
+
+def _among_pictures(folder: Path, named: list[dict[str, Any]]) -> bool:
+    """Says whether a folder is one of pictures, or lies in one."""
+    said = [one.get(key) for one in named for key in ("data", "validation", "prior")]
+    places = [Path(place).expanduser().resolve() for place in said if place]
+    own = folder.expanduser().resolve()
+    return any(place == own or place in own.parents for place in places)
+
+
+def _refuse_doubles(tasks: tuple[TaskSettings, ...]) -> None:
+    for what, of in (
+        ("name", lambda task: plain(task.name).lower()),
+        ("out", lambda task: str(task.out.resolve()).lower()),
+    ):
+        own = [of(task) for task in tasks]
+        for task, one in zip(tasks, own, strict=True):
+            if own.count(one) > 1:
+                raise DiffScalerError(
+                    f"two tasks have the {what} {str(getattr(task, what))!r} (or nearly)"
+                )
+
+
+def _task(entry: dict[str, Any], folder: Path) -> TaskSettings:
+    out = entry.get("out") or folder / f"{plain(entry['name'])}.safetensors"
+    return TaskSettings(**{**entry, "out": out})
+
+
+def plain(name: str) -> str:
+    """Returns a name as one harmless part of a path: it can neither leave a folder nor hide."""
+    kept = "".join(c if c.isalnum() or c in "-_.+ " else "_" for c in name)[:80]
+    return kept.strip(". ") or "task"
+
+
+def check_choice(setting: Setting, value: object) -> None:
+    """Refuses a name that is none of a setting's choices."""
+    if setting.choices and value not in setting.choices:
+        raise unknown(setting.name, value, setting.choices)

@@ -1,0 +1,254 @@
+"""The sockets of the two training nodes, read off the trainer's own table of settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..diffscaler_core.methods import METHODS
+from ..diffscaler_core.training.config import LIMITS, TrainingConfig
+from ..diffscaler_core.training.settings import SETTINGS
+from .edge_types import Task, Training
+from .training_data import NO_FOLDER, folder_choices
+
+#: What the settings node shows, in this order; the ids are frozen.
+_SHOWN = (
+    *("targets", "exclude"),
+    *("lr_scale_shift", "lr_prompts", "optimizer", "schedule", "warmup", "restarts"),
+    *("weight_decay", "beta1", "beta2", "clip", "ema", "accumulate"),
+    *("flip", "crops", "buckets", "skip_bad"),
+    *("prompts", "drop", "prompt_noise", "perturb", "perturb_gamma"),
+    *("timesteps", "timestep_mean", "timestep_std", "timestep_shift", "timestep_uniform"),
+    *("weighting", "snr_gamma", "chain_tau"),
+    *("validation_share", "validate_every", "validation_times"),
+    *("sample_every", "sample_steps", "guidance"),
+    *("save_every", "keep", "precision", "checkpointing"),
+)
+_MOST = 1_000_000
+#: Steps between samples, if no settings are connected.
+SAMPLE_EVERY = 250
+#: What the settings node says of each; ranges and names are the trainer's own.
+_TIPS: dict[str, str] = {
+    "exclude": "Layers to leave out: a regular expression; empty leaves none out.",
+    "lr_prompts": "Learning rate of prompts that are learned with the task.",
+    "optimizer": "adamw always works; adamw8bit needs bitsandbytes; prodigy needs prodigyopt and "
+    "finds the step size itself.",
+    "schedule": "How the learning rates fall after the warm-up: cosine ends at a hundredth.",
+    "warmup": "Steps over which the learning rates rise to full at the start.",
+    "restarts": "Arcs of the schedule cosine_restarts.",
+    "weight_decay": "Pulls the subspaces towards 0; 0: none.",
+    "beta1": "How long AdamW remembers gradients, 0 to 1.",
+    "beta2": "How long AdamW remembers their squares, 0 to 1.",
+    "clip": "Largest norm of the gradient; 0 does not clip.",
+    "ema": "Save a running mean of the parameters, such as 0.99; 0: the parameters themselves.",
+    "accumulate": "Compute each batch in so many parts, one after the other: less memory, the same "
+    "result.",
+    "flip": "Train on the mirrored pictures too; not for text or faces that must stay as they are.",
+    "crops": "Random crops of each picture, beside its middle; each is encoded once.",
+    "buckets": "Keep wide and tall pictures wide and tall, in place of cutting squares.",
+    "skip_bad": "Leave out pictures that cannot be read; otherwise they are named and nothing is "
+    "trained.",
+    "prompts": "Where prompts come from; auto: looked up in words, else encoded by clip, else "
+    "learned.",
+    "drop": "Share of prompts replaced by the empty one, so that guidance (cfg) works with the "
+    "task.",
+    "prompt_noise": "How different learned prompts are at the start.",
+    "perturb": "Noise on the prompts' embeddings, against learning pictures by heart.",
+    "perturb_gamma": "Size of that noise.",
+    "timesteps": "How noise levels are drawn; auto: logit_normal for flows, uniform for the others.",
+    "timestep_mean": "Of logit_normal: above 0 more noisy times, below 0 fewer.",
+    "timestep_std": "Of logit_normal: its width.",
+    "timestep_shift": "Above 1 moves all times towards noise, for large pictures.",
+    "timestep_uniform": "Share of times drawn uniformly all the same, so that none is left out.",
+    "weighting": "Weight of the loss by noise level; min_snr is for noise and v models.",
+    "snr_gamma": "The cap of min_snr.",
+    "chain_tau": "How fast the weight of chain grows with noise.",
+    "validation_share": "Share of the pictures kept from training, to see how well the task does on others.",
+    "validate_every": "Steps between validations; 0: at the end only.",
+    "validation_times": "Noise levels at which each validation picture is looked at.",
+    "sample_steps": "Sampler steps of the samples.",
+    "guidance": "Guidance (cfg) of the samples; 1: none.",
+    "save_every": "Steps between checkpoints; 0: only when the run ends or is stopped.",
+    "keep": "How many checkpoints are kept.",
+}
+#: Better words, ranges or defaults than the table's.
+_OWN: dict[str, dict[str, Any]] = {
+    "lr_scale_shift": {
+        "default": 0.0,
+        "tooltip": "Learning rate of scales and shifts; 0: three times the learning rate.",
+    },
+    "targets": {
+        "tooltip": "Which layers are adapted: blocks, attention, mlp, all, or a regular expression."
+    },
+    "exclude": {"default": ""},
+    "precision": {
+        "default": "auto",
+        "options": ["auto", "no", "bf16", "fp16"],
+        "tooltip": "What the model computes in while it is trained on; auto: bf16 on a GPU, on a "
+        "CPU what the model is.",
+    },
+    "checkpointing": {
+        "tooltip": "Recompute activations in the backward pass: much less memory, about a third "
+        "slower. Switch it on if the GPU runs out of memory."
+    },
+    "sample_every": {
+        "default": SAMPLE_EVERY,
+        "tooltip": "Steps between samples, shown on the node while it runs; 0: at the end only.",
+    },
+}
+
+
+def training_inputs() -> list[io.Input]:
+    """Returns the training node's inputs."""
+    return [
+        io.Model.Input("model", tooltip="The frozen model to train a task for; it never changes."),
+        io.String.Input(
+            "name", default="my_task", tooltip="The task's name; its run folder begins with it."
+        ),
+        io.Combo.Input(
+            "folder",
+            options=folder_choices(),
+            default=NO_FOLDER,
+            tooltip="A folder of pictures in ComfyUI's input folder. A picture's prompt is the text "
+            "file beside it (cat.png, cat.txt), else its sub-folder's name, else the task's name.",
+        ),
+        io.Int.Input(
+            "resolution",
+            default=512,
+            min=16,
+            max=8192,
+            step=8,
+            tooltip="Side in pixels that pictures are cut to; latents keep their own size.",
+        ),
+        io.Combo.Input(
+            "method",
+            options=list(METHODS),
+            default="diffscaler",
+            tooltip="Which parts are trained: diffscaler is scale, shift and a small new subspace.",
+        ),
+        io.Int.Input(
+            "rank", default=8, min=1, max=1024, tooltip="Width of the new subspace in each layer."
+        ),
+        io.Int.Input("steps", default=1000, min=1, max=_MOST, tooltip="Optimiser steps."),
+        io.Int.Input("batch_size", default=4, min=1, max=4096, tooltip="Pictures per step."),
+        io.Float.Input(
+            "learning_rate",
+            default=1e-3,
+            min=1e-7,
+            max=1.0,
+            step=1e-7,
+            round=False,
+            tooltip="Learning rate of the subspaces: about 0.001 for models of full size, up to 0.01 "
+            "for small ones.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFF,
+            control_after_generate=io.ControlAfterGenerate.fixed,
+            tooltip="The same seed, settings and pictures give the same task.",
+        ),
+        io.Combo.Input(
+            "resume",
+            options=["auto", "never"],
+            default="auto",
+            tooltip="auto: a run that was stopped goes on when the same settings are queued again; "
+            "never: it starts anew.",
+        ),
+        *_sources(),
+    ]
+
+
+def _sources() -> list[io.Input]:
+    """Returns what may be connected."""
+    return [
+        io.Vae.Input("vae", optional=True, tooltip="The model's VAE: for pictures, and samples."),
+        io.Clip.Input("clip", optional=True, tooltip="The model's text encoders, for captions."),
+        Task.Input(
+            "words",
+            optional=True,
+            tooltip="A task that stores prompts: captions that it knows are looked up there.",
+        ),
+        io.Image.Input(
+            "images", optional=True, tooltip="Pictures, in place of a folder; one or a list."
+        ),
+        io.String.Input(
+            "captions",
+            optional=True,
+            force_input=True,
+            tooltip="The images' prompts: a text for each, or one for all.",
+        ),
+        io.Latent.Input(
+            "latents", optional=True, tooltip="Encoded pictures, in place of a folder; or a list."
+        ),
+        io.Conditioning.Input(
+            "positive",
+            optional=True,
+            tooltip="The latents' or images' prompts, encoded: one for each, or one for all.",
+        ),
+        io.Conditioning.Input(
+            "negative",
+            optional=True,
+            tooltip="The empty prompt, encoded, so that guidance works with the task.",
+        ),
+        Task.Input(
+            "task", optional=True, tooltip="A task to go on from; without it, a new one begins."
+        ),
+        io.Combo.Input(
+            "validation_folder",
+            options=folder_choices(),
+            default=NO_FOLDER,
+            optional=True,
+            advanced=True,
+            tooltip="Pictures that are never trained on, to see how well the task does on others.",
+        ),
+        io.Latent.Input(
+            "validation_latents", optional=True, tooltip="The same as latents, or a list of them."
+        ),
+        io.Conditioning.Input(
+            "validation_positive", optional=True, tooltip="The validation latents' prompts."
+        ),
+        Training.Input(
+            "settings", optional=True, tooltip="All further settings, from their own node."
+        ),
+    ]
+
+
+def settings_inputs() -> list[io.Input]:
+    """Returns the settings node's inputs."""
+    keep = io.Boolean.Input(
+        "keep_latents",
+        default=True,
+        optional=True,
+        tooltip="Keep encoded pictures in ComfyUI's user folder, so that the next run starts sooner.",
+    )
+    return [*(_input(name) for name in _SHOWN), keep]
+
+
+def _input(name: str) -> io.Input:
+    setting = SETTINGS[name]
+    facts: dict[str, Any] = {
+        "tooltip": _TIPS.get(name, setting.help),
+        "default": getattr(TrainingConfig(), name, None),
+        "optional": True,
+        **_OWN.get(name, {}),
+    }
+    if setting.choices or "options" in facts:
+        facts.setdefault("options", list(setting.choices))
+        return io.Combo.Input(name, **facts)
+    if setting.kind is bool:
+        return io.Boolean.Input(name, **{**facts, "default": bool(facts["default"])})
+    if setting.kind is str:
+        return io.String.Input(name, **{**facts, "default": facts["default"] or ""})
+    low, high = LIMITS.get(name, (0, float("inf")))
+    if setting.kind is int:
+        facts |= {"default": int(facts["default"] or 0), "min": low, "max": min(high, _MOST)}
+        return io.Int.Input(name, **facts)
+    facts |= {
+        "min": -100.0 if name == "timestep_mean" else float(low),
+        "max": float(min(high, 100)),
+    }
+    facts |= {"step": 1e-7, "round": False} if name.startswith("lr") else {"step": 0.001}
+    return io.Float.Input(name, **{**facts, "default": float(facts["default"] or 0)})

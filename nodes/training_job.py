@@ -1,0 +1,324 @@
+"""One run of the training node: its inputs become the trainer's, and what comes out is shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management as management
+import folder_paths
+import torch
+from comfy.model_management import InterruptProcessingException
+from torch import Tensor
+
+from ..diffscaler_core import DiffScalerError, TaskAdapter, save_task
+from ..diffscaler_core.training.batches import TrainingData
+from ..diffscaler_core.training.conditioning import NULL, Prompts, prompts_for
+from ..diffscaler_core.training.config import TrainingConfig
+from ..diffscaler_core.training.denoiser import Denoiser
+from ..diffscaler_core.training.facts import plain_settings
+from ..diffscaler_core.training.loop import train_task
+from ..diffscaler_core.training.run_folder import RunFolder
+from ..diffscaler_core.training.settings import plain
+from .conditions import Row, empty_like, facts_of, prompts_of, repeats_tokens, rows_of
+from .noise import noise_of
+from .training import base_key, denoiser_of
+from .training_data import NO_FOLDER, from_folder, from_images, from_latents
+from .training_inputs import SAMPLE_EVERY
+from .training_report import Report, losses_of, pictures_of, summary_of
+
+logger = logging.getLogger(__name__)
+
+#: Settings that do not change what is learned: with others a run goes on in its folder.
+_LOOKS = (
+    *("steps", "validate_every", "validation_times", "sample_every", "sample_steps", "guidance"),
+    *("save_every", "keep", "precision", "checkpointing", "accumulate"),
+)
+_CONFIG = {field.name for field in dataclasses.fields(TrainingConfig)}
+
+Inputs = Mapping[str, Any]
+Outcome = tuple[TaskAdapter, dict[str, list[float]], Tensor, str]
+
+
+@dataclass
+class Source:
+    """Pictures and what the model is told about them."""
+
+    data: TrainingData
+    prompts: Prompts
+    validation: TrainingData | None = None
+
+
+def train(inputs: Inputs, node: str | None = None) -> Outcome:
+    """Trains a task in ComfyUI; returns it, its losses, its last samples and a summary.
+
+    Args:
+        inputs: The node's, one value each, but lists for images, captions, latents, positive and
+            their validation twins.
+        node: The node's id.
+
+    Raises:
+        DiffScalerError: Inputs that cannot be trained on, one clear line.
+        InterruptProcessingException: The user stopped the run; its state is saved.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        return _train(inputs, node)
+
+
+def _train(inputs: Inputs, node: str | None) -> Outcome:
+    model, told = inputs["model"], {}
+    denoiser = denoiser_of(model, inputs.get("vae"), inputs.get("clip"), told)
+    config = config_of(inputs, model)
+    source = _source(inputs, denoiser, config, told)
+    if NULL not in source.prompts.names and not _has_null(source.prompts):
+        # without an empty prompt there is nothing to guide away from
+        config = dataclasses.replace(config, drop=0.0, guidance=1.0)
+    folder, shown = run_folder(inputs, config, source)
+    report = Report(config.steps, node)
+    try:
+        task = train_task(
+            denoiser,
+            source.data,
+            config,
+            prompts=source.prompts,
+            task=inputs.get("task"),
+            validation=source.validation,
+            folder=folder.path,
+            resume=inputs.get("resume") or "auto",
+            on_step=report,
+        )
+    except InterruptProcessingException:
+        logger.warning(
+            "DiffScaler: training stopped after step %d of %d; its state is in %s, and the same "
+            "settings queued again go on from there",
+            report.step,
+            config.steps,
+            folder.path,
+        )
+        raise
+    save_task(task, folder.path / f"{plain(config.name)}.safetensors")
+    facts = dict(task.info.get("training") or {})
+    return task, losses_of(folder), pictures_of(folder), summary_of(folder, shown, facts)
+
+
+def config_of(inputs: Inputs, model: Any) -> TrainingConfig:
+    """Returns a run's settings: those on the node, and those connected to it."""
+    settings = dict(inputs.get("settings") or {})
+    settings.setdefault("sample_every", SAMPLE_EVERY)
+    rate = float(inputs["learning_rate"])
+    settings["lr_scale_shift"] = settings.get("lr_scale_shift") or 3 * rate
+    if settings.get("precision", "auto") == "auto":
+        settings["precision"] = _precision(model)
+    chosen = {key: value for key, value in settings.items() if key in _CONFIG}
+    if not chosen.get("exclude"):
+        chosen.pop("exclude", None)
+    return TrainingConfig(
+        **{
+            **chosen,
+            "name": str(inputs["name"]).strip() or "task",
+            "method": inputs["method"],
+            "rank": inputs["rank"],
+            "steps": inputs["steps"],
+            "batch": inputs["batch_size"],
+            "lr": rate,
+            "seed": inputs["seed"],
+        }
+    )
+
+
+def _precision(model: Any) -> str:
+    """On an accelerator, what is not bfloat16 already computes in it by autocast, if it can."""
+    device = model.load_device
+    if management.is_device_cpu(device) or model.model.get_dtype_inference() == torch.bfloat16:
+        return "no"
+    if management.should_use_bf16(device):
+        return "bf16"
+    return "fp16" if model.model.get_dtype_inference() == torch.float16 else "no"
+
+
+def _source(
+    inputs: Inputs, denoiser: Denoiser, config: TrainingConfig, told: dict[str, Any]
+) -> Source:
+    folder = inputs.get("folder") or NO_FOLDER
+    given = {
+        "folder": folder != NO_FOLDER,
+        "images": bool(inputs.get("images")),
+        "latents": bool(inputs.get("latents")),
+    }
+    if sum(given.values()) != 1:
+        which = " and ".join(key for key, there in given.items() if there)
+        raise DiffScalerError(
+            f"training needs one source of pictures, got {which or 'none'}: choose a folder, or "
+            f"connect images, or connect latents with their conditioning"
+        )
+    rows = rows_of([entry for one in inputs.get("positive") or () for entry in one])
+    names, unique = _named(rows, config.name)
+    options = dict(inputs.get("settings") or {})
+    size = int(inputs["resolution"])
+    if given["latents"]:
+        if not rows:
+            raise DiffScalerError("latents need their prompts: connect conditioning to 'positive'")
+        data = _latents(inputs["model"], inputs["latents"], names)
+    elif given["images"]:
+        captions = names or list(inputs.get("captions") or ()) or [config.name]
+        data = from_images(denoiser, inputs["images"], captions, size, options)
+    else:
+        data = from_folder(denoiser, folder, size, config.name, options)
+    validation = _validation(inputs, denoiser, config, data, size, options)
+    data, validation = _one_set_of_names(data, validation)
+    if rows and not given["folder"]:
+        null = rows_of([e for one in inputs.get("negative") or () for e in one])
+        prompts = _conditioned(inputs, denoiser, data.prompts, unique, null, told)
+    else:
+        prompts = _texts(inputs, denoiser, config, data.prompts, told)
+    return Source(data, prompts, validation)
+
+
+def _named(rows: Sequence[Row], name: str) -> tuple[list[str], dict[str, Row]]:
+    """Returns a name per prompt, the same for equal ones, and each name's prompt."""
+    known: dict[str, str] = {}
+    names, unique = [], {}
+    for row in rows:
+        tensors = [row[0], *(v for v in row[1].values() if isinstance(v, Tensor))]
+        key = hashlib.sha256(b"".join(t.float().numpy().tobytes() for t in tensors)).hexdigest()
+        known.setdefault(key, f"{name} {len(known) + 1}")
+        names.append(known[key])
+        unique[known[key]] = row
+    return names, unique
+
+
+def _latents(model: Any, latents: Sequence[Any], names: Sequence[str]) -> TrainingData:
+    scale = noise_of(model.get_model_object("model_sampling")).scale
+    return from_latents(model.model, scale, latents, names)
+
+
+def _validation(
+    inputs: Inputs,
+    denoiser: Denoiser,
+    config: TrainingConfig,
+    data: TrainingData,
+    size: int,
+    options: Mapping[str, Any],
+) -> TrainingData | None:
+    folder = inputs.get("validation_folder") or NO_FOLDER
+    if folder != NO_FOLDER:
+        plainly = {**options, "flip": False, "crops": 0}
+        return from_folder(denoiser, folder, size, config.name, plainly)
+    if not inputs.get("validation_latents"):
+        return None
+    rows = rows_of([entry for one in inputs.get("positive") or () for entry in one])
+    own = rows_of([entry for one in inputs.get("validation_positive") or () for entry in one])
+    names, _ = _named([*rows, *own], config.name)
+    names = names[len(rows) :] or names[:1]
+    missing = [name for name in names if name not in data.prompts]
+    if missing or (len(data.prompts) > 1 and not own):
+        raise DiffScalerError(
+            "the validation latents need the prompts they show, each one that is trained on as "
+            "well: connect them to 'validation_positive'"
+        )
+    return _latents(inputs["model"], inputs["validation_latents"], names)
+
+
+def _one_set_of_names(
+    data: TrainingData, validation: TrainingData | None
+) -> tuple[TrainingData, TrainingData | None]:
+    """Gives both the same list of prompts: the run's, then those that only validation has."""
+    if validation is None:
+        return data, None
+    names = tuple(dict.fromkeys([*data.prompts, *validation.prompts]))
+    index = torch.tensor([names.index(validation.prompts[i]) for i in validation.index.tolist()])
+    return (
+        dataclasses.replace(data, prompts=names),
+        dataclasses.replace(validation, prompts=names, index=index),
+    )
+
+
+def _conditioned(
+    inputs: Inputs,
+    denoiser: Denoiser,
+    names: Sequence[str],
+    unique: Mapping[str, Row],
+    null: Sequence[Row],
+    told: dict[str, Any],
+) -> Prompts:
+    """Returns connected prompts; the empty one is connected, encoded, stored, or all zeros."""
+    rows = [unique[name] for name in names]
+    told.update(facts_of(rows))
+    if not null and inputs.get("clip") is not None:
+        null = _encoded(inputs["clip"], [NULL])
+    known = null[0] if null else empty_like(rows[0])
+    prompts = prompts_of(names, rows, known, repeats_tokens(denoiser.model, rows[0]))
+    prompts.has_null = bool(null)
+    return prompts
+
+
+def _has_null(prompts: Prompts) -> bool:
+    return bool(getattr(prompts, "has_null", True))
+
+
+def _texts(
+    inputs: Inputs,
+    denoiser: Denoiser,
+    config: TrainingConfig,
+    names: Sequence[str],
+    told: dict[str, Any],
+) -> Prompts:
+    """Returns what the model is told about captions: looked up, encoded, or learned."""
+    words, clip = inputs.get("words"), inputs.get("clip")
+    source = config.prompts
+    known = words is not None and all(name in words.prompts for name in names)
+    if source == "auto" and not known and clip is None and words is None:
+        raise DiffScalerError(
+            f"nothing says what the captions ({', '.join(map(repr, names[:3]))}…) mean: connect "
+            f"'clip' to encode them, or 'words' with stored prompts"
+        )
+    if clip is None or source not in ("auto", "encoded") or (source == "auto" and known):
+        return prompts_for(
+            denoiser, names, source, words=words, noise=config.prompt_noise, seed=config.seed
+        )
+    rows = _encoded(clip, [NULL, *names])
+    told.update(facts_of(rows[1:]))
+    return prompts_of(names, rows[1:], rows[0], repeats_tokens(denoiser.model, rows[0]))
+
+
+def _encoded(clip: Any, texts: Sequence[str]) -> list[Row]:
+    with torch.no_grad():
+        return [
+            rows_of(clip.encode_from_tokens_scheduled(clip.tokenize(text)))[0] for text in texts
+        ]
+
+
+def run_folder(inputs: Inputs, config: TrainingConfig, source: Source) -> tuple[RunFolder, str]:
+    """Returns a run's folder, and how to show it.
+
+    What is trained on what gives the folder's name its ending: the same settings find their run
+    again, others never meet it.
+    """
+    settings = {k: v for k, v in plain_settings(config).items() if k not in _LOOKS}
+    start = inputs.get("task")
+    facts = [
+        settings,
+        list(source.data.image_ids),
+        source.data.index.tolist(),
+        _digest(dict(source.prompts.named_parameters())),
+        None if start is None else [_digest(tensors) for tensors in start.layers.values()],
+        base_key(inputs["model"]),
+    ]
+    ending = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
+    name = f"{plain(config.name)}-{ending}"
+    root = os.path.join(folder_paths.get_output_directory(), "diffscaler", "runs")
+    return RunFolder(os.path.join(root, name)), f"diffscaler/runs/{name}"
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

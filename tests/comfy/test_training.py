@@ -1,0 +1,358 @@
+"""Training on ComfyUI's own models, in this process: the same numbers as in diffusers."""
+
+import importlib
+import runpy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+POCKET = ROOT / "assets" / "pocket"
+CASES = runpy.run_path(str(Path(__file__).with_name("parity_cases.py")))["CASES"]
+
+
+@pytest.fixture(scope="module")
+def part(pack: ModuleType) -> Callable[[str], ModuleType]:
+    return lambda name: importlib.import_module(f"{pack.__name__}.{name}")
+
+
+@pytest.fixture(scope="module")
+def train(part: Any) -> ModuleType:
+    return part("diffscaler_core.training")
+
+
+@pytest.fixture(scope="module")
+def pocket(comfy: ModuleType) -> Any:
+    """The pocket base as a node loads it: in inference mode."""
+    import comfy.sd
+
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        return comfy.sd.load_diffusion_model(
+            str(POCKET / "diffusion_models" / "diffscaler_pocket.safetensors")
+        )
+
+
+@pytest.fixture(scope="module")
+def both(part: Any, pocket: Any) -> tuple[Any, Any]:
+    """The pocket base as a denoiser, ComfyUI's and diffusers'."""
+    from_diffusers = part("diffscaler_core.pocket").load_pipeline(POCKET)
+    return part("nodes.training").denoiser_of(pocket), part("diffscaler_core.training").as_denoiser(
+        from_diffusers
+    )
+
+
+@pytest.fixture(scope="module")
+def words(part: Any) -> Any:
+    return part("diffscaler_core").load_task(POCKET / "diffscaler" / "words.safetensors")
+
+
+def pictures(train: ModuleType, count: int = 12, shape: tuple[int, ...] = (16, 8, 8)) -> Any:
+    """Random latents of two of the pocket base's words."""
+    generator = torch.Generator().manual_seed(3)
+    latents = torch.randn(1, count, *shape, generator=generator)
+    return train.TrainingData(latents, torch.arange(count) % 2, ("cat", "house"))
+
+
+def changed(train: ModuleType, **settings: Any) -> Any:
+    defaults: dict[str, Any] = dict(steps=3, batch=4, rank=2, lr=1e-2, warmup=0, seed=3)
+    return train.TrainingConfig(**{**defaults, **settings})
+
+
+def farthest(one: Any, two: Any) -> float:
+    assert one.layers.keys() == two.layers.keys()
+    return max(
+        float((t - two.layers[layer][name]).abs().max())
+        for layer, tensors in one.layers.items()
+        for name, t in tensors.items()
+    )
+
+
+def test_both_hosts_give_the_same_loss_at_the_same_noise(
+    both: Any, train: ModuleType, words: Any
+) -> None:
+    data = pictures(train)
+    losses = [
+        train.validation_loss(d, data, train.prompts_for(d, data.prompts, words=words), times=8)
+        for d in both
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_fused_layers_train_as_diffusers_separate_ones(
+    both: Any, part: Any, train: ModuleType, words: Any
+) -> None:
+    start = part("diffscaler_core").new_task(both[1].model, rank=2, targets="all", seed=3)
+    tasks = [
+        train.train_task(d, pictures(train), changed(train), words=words, task=start) for d in both
+    ]
+    assert any("to_q" in layer for layer in tasks[0].layers)
+    assert farthest(*tasks) < 1e-4
+    assert any(bool(own["up"].any()) for own in tasks[0].layers.values())
+
+
+def test_a_new_task_has_the_names_shapes_and_start_that_diffusers_gives_it(
+    both: Any, part: Any
+) -> None:
+    new_task = part("diffscaler_core").new_task
+    ours, theirs = new_task(both[0].shape_model, seed=3), new_task(both[1].model, seed=3)
+    assert ours.info["base"] == theirs.info["base"]
+    shapes = [
+        {layer: {n: t.shape for n, t in own.items()} for layer, own in task.layers.items()}
+        for task in (ours, theirs)
+    ]
+    assert shapes[0] == shapes[1]
+    assert farthest(ours, theirs) == 0
+
+
+class Bench:
+    """Trains on tiny models, and knows what it trained."""
+
+    def __init__(self, part: Any, tiny: Any) -> None:
+        self.part, self.tiny = part, tiny
+        self.train = part("diffscaler_core.training")
+
+    def load(self, name: str) -> Any:
+        with torch.inference_mode():  # as a loader node does it
+            return self.tiny.load(name)
+
+    def denoiser(self, model: Any, **more: Any) -> Any:
+        return self.part("nodes.training").denoiser_of(model, **more)
+
+    def data(self, model: Any) -> tuple[Any, Any]:
+        """Latents that one prompt shows again and again, and the prompt."""
+        channels = model.model.latent_format.latent_channels
+        width = 768 if channels == 4 else 32
+        data = pictures(self.train, 4, (channels, 8, 8))
+        generator = torch.Generator().manual_seed(1)
+        fields = {
+            "context": torch.randn(2, 8, width, generator=generator),
+            "pooled": torch.randn(2, 16, generator=generator),
+        }
+        null = {name: torch.zeros_like(tensor[:1]) for name, tensor in fields.items()}
+        return data, self.train.Prompts(data.prompts, fields, null)
+
+    def run(self, model: Any, denoiser: Any = None, **settings: Any) -> tuple[Any, list[float]]:
+        """Trains; returns the task and its losses."""
+        losses: list[float] = []
+        data, prompts = self.data(model)
+        task = self.train.train_task(
+            denoiser or self.denoiser(model),
+            data,
+            changed(self.train, **{"drop": 0.0, **settings}),
+            prompts=prompts,
+            on_step=lambda now: losses.append(now.loss),
+        )
+        return task, losses
+
+    def loss(self, model: Any, task: Any = None) -> float:
+        data, prompts = self.data(model)
+        return self.train.validation_loss(self.denoiser(model), data, prompts, task)
+
+
+@pytest.fixture(scope="module")
+def bench(part: Any, tiny: Any) -> Bench:
+    return Bench(part, tiny)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("tiny_sd3", 12),
+        ("tiny_flux", 12),
+        ("tiny_unet", 4),
+        ("tiny_flux_float8_e4m3fn", 8),
+        ("tiny_flux_int8_tensorwise", 8),
+    ],
+)
+def test_every_kind_of_model_learns_and_stays_what_it_was(
+    bench: Bench, clean: Any, name: str, steps: int
+) -> None:
+    import comfy.model_management
+
+    model = clean(bench.load(name))
+    before = bench.loss(model)
+    task, _ = bench.run(model, steps=steps, lr=2e-2, lr_scale_shift=2e-2)
+    assert bench.loss(model, task) < 0.97 * before
+    assert bench.loss(model) == before
+    idle = [layer for layer, own in task.layers.items() if not own["up"].any()]
+    # Gradients came through every layer, quantised ones too. (SD3's last block reads no text.)
+    assert [name for name in idle if "transformer_blocks.1.attn.add_q_proj" not in name] == []
+    assert not comfy.model_management.in_training  # type: ignore[attr-defined]
+    assert not any(p.requires_grad for p in model.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["tiny_sd3", "tiny_flux"])
+def test_checkpointing_and_offloading_change_no_gradient(
+    bench: Bench, clean: Any, name: str
+) -> None:
+    model = clean(bench.load(name))
+    plain, _ = bench.run(model)
+    checkpointed, _ = bench.run(model, checkpointing=True)
+    assert farthest(plain, checkpointed) < 1e-6
+    model.model.model_lowvram = True  # as a partial load leaves it
+    try:
+        offloaded, _ = bench.run(model)
+        both, _ = bench.run(model, checkpointing=True)
+    finally:
+        model.model.model_lowvram = False
+    assert max(farthest(plain, offloaded), farthest(plain, both)) < 1e-6
+
+
+def test_gradients_are_right_where_blocks_work_in_place(bench: Bench, part: Any) -> None:
+    """Against torch's own, slower, way to keep what in-place operations overwrite."""
+    model = bench.load("tiny_flux")
+    ours, _ = bench.run(model)
+    held_model = part("nodes.held_model")
+    norms, held_model._NORMS = held_model._NORMS, frozenset()
+    try:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            bench.run(model)
+        with torch.autograd.graph.allow_mutation_on_saved_tensors():
+            torchs, _ = bench.run(model)
+    finally:
+        held_model._NORMS = norms
+    assert farthest(ours, torchs) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["tiny_sd3", "tiny_unet", "tiny_flux"])
+def test_checkpointing_recomputes_the_blocks(bench: Bench, part: Any, name: str) -> None:
+    model = bench.load(name)
+    blocks = part("nodes.held_model").blocks_of(model.model.diffusion_model)
+    calls: list[int] = []
+    inner = [next(m for m in b.modules() if hasattr(m, "weight")) for b in blocks]
+    for layer in inner:
+        layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    counts = []
+    for checkpointing in (False, True):
+        bench.run(model, steps=1, checkpointing=checkpointing)
+        counts.append(len(calls))
+        calls.clear()
+    assert len(blocks) >= 2
+    assert counts == [len(blocks), 2 * len(blocks)]
+
+
+def pocket_inputs(part: Any, pocket: Any, words: Any, **changes: Any) -> dict[str, Any]:
+    """The training node's inputs: the pack's own pictures on the pocket base."""
+    import comfy.sd
+    import comfy.utils
+
+    file = POCKET / "vae" / "diffscaler_pocket_vae.safetensors"
+    with torch.inference_mode():
+        vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(file)))  # type: ignore[attr-defined]
+    plain = dict(method="diffscaler", rank=2, batch_size=4, learning_rate=1e-2, seed=0)
+    settings = dict(sample_every=0, sample_steps=2, warmup=0)
+    return {
+        **plain,
+        "model": pocket,
+        "vae": vae,
+        "words": words,
+        "name": "run",
+        "folder": "example: ink drawings",
+        "resolution": 64,
+        "steps": 6,
+        "resume": "auto",
+        "settings": settings,
+        **changes,
+    }
+
+
+@pytest.fixture
+def stop_in(pocket: Any) -> Iterator[Callable[[int], None]]:
+    """Presses the stop button in the middle of the model's n-th call."""
+    import comfy.model_management
+
+    layer = pocket.model.diffusion_model.joint_blocks[1].x_block.mlp.fc1
+    calls = [0, 0]
+
+    def press(*_: Any) -> None:
+        calls[0] += 1
+        if calls[0] == calls[1]:
+            comfy.model_management.interrupt_current_processing()  # type: ignore[attr-defined]
+
+    handle = layer.register_forward_pre_hook(press)
+
+    def stop(n: int) -> None:
+        calls[:] = [0, n]
+
+    yield stop
+    handle.remove()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_stopping_keeps_the_state_and_the_same_settings_go_on_from_it(
+    part: Any, pocket: Any, words: Any, stop_in: Any, checkpointing: bool, caplog: Any
+) -> None:
+    import comfy.model_management as management
+
+    job = part("nodes.training_job")
+    name = f"stopped {checkpointing}"
+    inputs = pocket_inputs(part, pocket, words, name=name)
+    inputs["settings"] = {**inputs["settings"], "checkpointing": checkpointing}
+    stop_in(4)
+    with pytest.raises(management.InterruptProcessingException):  # type: ignore[attr-defined]
+        job.train(inputs)
+    assert "go on from there" in caplog.text
+    assert not management.in_training  # type: ignore[attr-defined]
+    assert not [n for n, m in pocket.model.named_modules() if "forward" in m.__dict__]
+    (folder,) = Path(job.folder_paths.get_output_directory()).glob(f"diffscaler/runs/{name}-*")
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [
+        f"step-{2 if checkpointing else 4:09}.safetensors"  # recomputed: two calls a step
+    ]
+    stop_in(0)
+    resumed, losses, _, summary = job.train(inputs)
+    whole, all_losses, _, _ = job.train({**inputs, "resume": "never"})
+    assert farthest(resumed, whole) == 0
+    assert losses == all_losses
+    assert len(losses["loss"]) == 6
+    assert "steps: 6" in summary
+    again = job.train(inputs)[0]  # a finished run is not trained twice
+    assert farthest(again, whole) == 0
+
+
+def test_what_was_trained_can_be_applied_at_once(part: Any, pocket: Any, words: Any) -> None:
+    import nodes
+
+    job, patching = part("nodes.training_job"), part("nodes.patching")
+    before = {name: t.clone() for name, t in pocket.model.state_dict().items()}
+    context, pooled = words.prompt("cat")
+    cond = [[context, {"pooled_output": pooled}]]
+
+    def sample(model: Any) -> Tensor:
+        latent = {"samples": torch.zeros(1, 16, 8, 8)}
+        with torch.inference_mode():
+            sampled = nodes.KSampler().sample(
+                model, 0, 2, 3.0, "euler", "normal", cond, cond, latent, 1.0
+            )
+            return sampled[0]["samples"].clone()
+
+    base = sample(pocket)
+    with torch.inference_mode():  # as a node runs
+        task, _, samples, _ = job.train(pocket_inputs(part, pocket, words, name="applied"))
+    assert torch.equal(sample(pocket), base)
+    assert not torch.equal(sample(patching.apply_task(pocket, task)), base)
+    now = pocket.model.state_dict()
+    assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
+    assert samples.shape[0] == 1
+    assert samples.max() > 0.2
+
+
+def test_two_tasks_in_one_run_become_what_each_alone_becomes(bench: Bench) -> None:
+    model = bench.load("tiny_sd3")
+    data, prompts = bench.data(model)
+    other, _ = bench.data(model)
+    other = bench.train.TrainingData(other.latents.flip(0, 1) * 0.5, other.index, other.prompts)
+    config = changed(bench.train, drop=0.0)
+    runs = [
+        bench.train.TaskRun(name, own, prompts) for name, own in (("one", data), ("two", other))
+    ]
+    together = bench.train.train_tasks(bench.denoiser(model), runs, config)
+    for run in runs:
+        alone = bench.train.train_tasks(bench.denoiser(model), [run], config)
+        assert farthest(together[run.name], alone[run.name]) < 1e-5
+    assert farthest(together["one"], together["two"]) > 1e-4

@@ -1,0 +1,68 @@
+"""One process of a distributed run; started by `accelerate launch` in test_distributed.py.
+
+    distributed_run.py KIND OUT    KIND: plain, several or sharded
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from bases import sd3_pipe, words_of
+
+from diffscaler_core import save_task
+from diffscaler_core.training import (
+    TaskRun,
+    TrainingConfig,
+    TrainingData,
+    as_denoiser,
+    train_tasks,
+)
+
+
+def data_for(seed):
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(1, 8, 4, 8, 8, generator=generator)
+    return TrainingData(latents, torch.arange(8) % 2, ("blue", "red"))
+
+
+def config_for(kind, processes):
+    return TrainingConfig(
+        steps=4,
+        batch=4,
+        rank=2,
+        lr=1e-2,
+        warmup=2,
+        accumulate=2 if kind == "plain" else 1,
+        validate_every=2,
+        validation_share=0.25,
+        save_every=2,
+        sample_steps=2,
+        perturb="gaussian",
+        shard=kind == "sharded" and processes > 1,
+    )
+
+
+def run(kind, out, accelerator):
+    names = ["one", "two"] if kind == "several" else ["one"]
+    runs = [TaskRun(name, data_for(i), words=words_of()) for i, name in enumerate(names)]
+    tasks = train_tasks(
+        as_denoiser(sd3_pipe()),
+        runs,
+        config_for(kind, 1 if accelerator is None else accelerator.num_processes),
+        folder=out / "run",
+        accelerator=accelerator,
+    )
+    if accelerator is None or accelerator.is_main_process:
+        for name, task in tasks.items():
+            save_task(task, out / f"{name}.safetensors")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run(sys.argv[1], Path(sys.argv[2]), Accelerator())
