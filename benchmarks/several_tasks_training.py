@@ -1,10 +1,11 @@
 """Training K tasks in one run, as a ratio to K runs one after the other, measured together.
 
-    python benchmarks/several_tasks_training.py [--tasks 4] [--batches 1 2 4] [--device cuda]
+    python benchmarks/several_tasks_training.py [--base dit] [--batches 1 2 4] [--device cuda]
 
-A DiT-S/2-sized transformer (12 blocks, width 384, 256 tokens) of diffusers' own class with random
-weights, rank 8 on every Linear of every block, the trainer as users start it. Both ways take turns;
-the fastest step of each counts. Prints a Markdown table for RESULTS.md.
+The pocket base (3 blocks, width 192, 64 tokens), or a DiT-S/2 (12 blocks, width 384, 256 tokens) of
+diffusers' own class with random weights; rank 8 on every Linear of every block, the trainer as
+users start it. Both ways take turns; the fastest step of each counts. Prints a Markdown table for
+RESULTS.md.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 
+from diffscaler_core import TaskAdapter, load_task
+from diffscaler_core.pocket import load_pipeline
 from diffscaler_core.training import (
     Denoiser,
     TaskRun,
@@ -25,7 +29,8 @@ from diffscaler_core.training import (
     train_tasks,
 )
 
-STEPS = 4  # per turn, the first of which does not count
+#: Steps per turn, the first of which does not count.
+STEPS = {"dit": 4, "pocket": 20}
 
 
 class Pipe:
@@ -47,10 +52,19 @@ class Pipe:
         ).to(device)
 
 
-def data_of(seed: int) -> TrainingData:
+def base_of(name: str, device: str) -> tuple[Denoiser, tuple[int, int, int], TaskAdapter | None]:
+    """Returns a base, the shape of its latents, and its words."""
+    if name == "dit":
+        return as_denoiser(Pipe(device)), (4, 32, 32), None
+    pocket = Path(__file__).resolve().parent.parent / "assets" / "pocket"
+    return as_denoiser(load_pipeline(pocket).to(device)), (16, 16, 16), load_task(pocket / "diffscaler" / "words.safetensors")
+
+
+def data_of(seed: int, shape: tuple[int, int, int], prompt: str) -> TrainingData:
     """Returns random latents."""
     generator = torch.Generator().manual_seed(seed)
-    return TrainingData(torch.randn(1, 16, 4, 32, 32, generator=generator), torch.zeros(16).long(), ("1",))
+    latents = torch.randn(1, 16, *shape, generator=generator)
+    return TrainingData(latents, torch.zeros(16).long(), (prompt,))
 
 
 def fastest_step(base: Denoiser, runs: list[TaskRun], config: TrainingConfig) -> float:
@@ -67,11 +81,12 @@ def fastest_step(base: Denoiser, runs: list[TaskRun], config: TrainingConfig) ->
     return min(after - before for before, after in zip(ends, ends[1:], strict=False))
 
 
-def measure(base: Denoiser, count: int, batch: int, rounds: int) -> tuple[float, float]:
+def measure(
+    base: Denoiser, runs: list[TaskRun], batch: int, steps: int, rounds: int
+) -> tuple[float, float]:
     """Returns the seconds of one step: of all tasks in one run, and of their runs' sum."""
-    config = TrainingConfig(steps=STEPS, batch=batch, rank=8, save_every=0)
-    runs = [TaskRun(f"task{i}", data_of(i)) for i in range(count)]
-    together, apart = math.inf, [math.inf] * count
+    config = TrainingConfig(steps=steps, batch=batch, rank=8, save_every=0)
+    together, apart = math.inf, [math.inf] * len(runs)
     for _ in range(rounds):
         together = min(together, fastest_step(base, runs, config))
         for i, run in enumerate(runs):
@@ -86,12 +101,18 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--base", choices=("pocket", "dit"), default="pocket")
     options = parser.parse_args()
-    base = as_denoiser(Pipe(options.device))
+    base, shape, words = base_of(options.base, options.device)
+    prompt = "1" if words is None else words.prompts[1]
+    runs = [
+        TaskRun(f"task{i}", data_of(i, shape, prompt), words=words) for i in range(options.tasks)
+    ]
+    steps = STEPS[options.base]
     print(f"| pictures per task | {options.tasks} runs, s per step | one run, s | ratio |")
     print("|---|---|---|---|")
     for batch in options.batches:
-        together, apart = measure(base, options.tasks, batch, options.rounds)
+        together, apart = measure(base, runs, batch, steps, options.rounds)
         print(f"| {batch} | {apart:.3f} | {together:.3f} | {together / apart:.2f} |", flush=True)
 
 

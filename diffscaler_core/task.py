@@ -156,7 +156,6 @@ def new_task(
         raise DiffScalerError(f"rank must be at least 1, got {rank}")
     chosen = METHODS[method]
     component = component or component_of(model)
-    generator = torch.Generator().manual_seed(seed)
     found = find_targets(model, targets, exclude=exclude) if chosen.parts else ()
     for pattern in rank_pattern or {}:
         if not any(pattern_value(target.name, {pattern: True}, False) for target in found):
@@ -177,7 +176,7 @@ def new_task(
                     target.in_features,
                     target.kernel,
                     own_rank,
-                    generator,
+                    _generator(seed, target.name),
                 )
             ranks[target.name] = own_rank if "subspace" in parts else 0
     info = {
@@ -192,6 +191,12 @@ def new_task(
         "naming": "diffusers",
     }
     return TaskAdapter(layers, info)
+
+
+def _generator(seed: int, layer: str) -> torch.Generator:
+    """Returns a layer's own random source: hosts list a model's layers in different orders."""
+    digest = hashlib.sha256(f"{seed}/{layer}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def base_facts(model: nn.Module, targets: Sequence[Target]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What a model is told: CONDITIONING as the trainer's prompts, and prompts as a model's arguments.
 
 The trainer's names: "context" is a conditioning's tokens, "pooled" its `pooled_output`, "mask" its
-`attention_mask`; other tensors keep ComfyUI's names. What is no tensor (guidance, sizes) is the same
-for a whole run.
+`attention_mask`; other tensors keep ComfyUI's names. What is no tensor (guidance, sizes) is one and
+the same for a whole run.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A ComfyUI model held still while tasks are trained on it: loaded, frozen, differentiable.
 
-ComfyUI loads and runs models in inference mode, whose tensors autograd refuses. Everything done here
-to a model is undone when the context ends, also by an error or the stop button; its weights are
-never copied and never change.
+ComfyUI loads and runs models in inference mode, whose tensors autograd refuses. All that is done to
+a model here is undone when the context ends, also by an error or the stop button; its weights never
+change, and are not copied.
 """
 
 from __future__ import annotations
@@ -19,13 +19,17 @@ import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
 _FORWARD = "forward"
 _RAW = "calculate_denoised"
-#: ComfyUI's look at the stop button, in every layer. Half a step cannot be saved, so while a task is
-#: trained the button is looked at between steps (see `training_report.py`).
+#: ComfyUI's look at the stop button, in every layer. Half a step cannot be saved, so while a task
+#: is trained the button is looked at between steps (see `training_report.py`).
 _EVERY_OP = "run_every_op"
+#: Where ComfyUI keeps the weights that its dynamic loading left on the device.
+_RESIDENT = ("_v_weight", "_v_bias")
+_LISTS = (nn.ModuleList, nn.Sequential)
 
 
 class _KeptNorms(TorchFunctionMode):
@@ -60,7 +64,7 @@ def differentiably(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def load(patcher: ModelPatcher) -> None:
-    """Loads a model where it runs, whole if it fits with room for activations."""
+    """Loads a model where it runs, whole if it fits with room for activations, for autograd."""
     models = [patcher, *patcher.get_nested_additional_models()]
     device = patcher.load_device
     partly = management.vram_state in (
@@ -68,8 +72,10 @@ def load(patcher: ModelPatcher) -> None:
         management.VRAMState.NO_VRAM,
     )
     whole = not partly and patcher.model_size() * 1.25 < management.get_total_memory(device)
-    # Training wants all the memory there is: the others make room.
-    management.load_models_gpu(models, memory_required=1e20, force_full_load=whole)
+    with torch.inference_mode():  # as ComfyUI does it; otherwise it copies quantised weights
+        # Training wants all the memory there is: the others make room.
+        management.load_models_gpu(models, memory_required=1e20, force_full_load=whole)
+    make_differentiable(patcher.model)
 
 
 @contextlib.contextmanager
@@ -89,7 +95,6 @@ def held(patcher: ModelPatcher, checkpointing: bool) -> Iterator[None]:
         undo.callback(patcher.cleanup)
         undo.enter_context(_overridden(comfy.ops, _EVERY_OP, lambda: None))
         undo.enter_context(_training_mode())
-        make_differentiable(base)
         undo.enter_context(_frozen(base))
         undo.enter_context(_overridden(base.model_sampling, _RAW, lambda _, output, x: output))
         if is_offloaded(patcher):
@@ -110,15 +115,23 @@ def make_differentiable(base: nn.Module) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_inference():
                 module._buffers[name] = _normal(buffer)
+        for name in _RESIDENT:
+            weight = module.__dict__.get(name)
+            if isinstance(weight, Tensor) and weight.is_inference():
+                module.__dict__[name] = _normal(weight)
 
 
 def _normal(tensor: Tensor) -> Tensor:
-    """Returns a tensor's values as one that autograd may save, without a copy where possible."""
-    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
-        return tensor.detach().clone()  # a quantised weight; its parts cannot be taken over
-    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    where = (tensor.storage_offset(), tensor.size(), tensor.stride())
-    return empty.set_(tensor.untyped_storage(), *where)  # type: ignore[call-overload, no-any-return]
+    """Returns a tensor over the same memory that autograd may save."""
+    data = tensor.data if isinstance(tensor, nn.Parameter) else tensor
+    if is_traceable_wrapper_subclass(data):  # a quantised weight: over its parts' memory
+        names, context = data.__tensor_flatten__()
+        parts = {name: _normal(getattr(data, name)) for name in names}
+        rebuilt = type(data).__tensor_unflatten__(parts, context, data.size(), data.stride())
+        return rebuilt  # type: ignore[no-any-return]
+    empty = torch.empty(0, dtype=data.dtype, device=data.device)
+    where = (data.storage_offset(), data.size(), data.stride())
+    return empty.set_(data.untyped_storage(), *where)  # type: ignore[call-overload, no-any-return]
 
 
 def is_offloaded(patcher: ModelPatcher) -> bool:
@@ -137,16 +150,15 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     """
     found: list[nn.Module] = []
     for child in model.children():
-        if isinstance(child, (nn.ModuleList, nn.Sequential)):
-            for entry in child:
-                found += blocks_of(_pair(entry)) if isinstance(entry, nn.Sequential) else [entry]
-        else:
-            found += blocks_of(child)
+        found += _entries(child) if isinstance(child, _LISTS) else blocks_of(child)
     return [block for block in found if any(True for _ in block.children())]
 
 
-def _pair(entry: nn.Module) -> nn.Module:
-    return nn.ModuleList([entry])
+def _entries(listed: nn.Module) -> list[nn.Module]:
+    found: list[nn.Module] = []
+    for entry in listed.children():
+        found += _entries(entry) if isinstance(entry, _LISTS) else [entry]
+    return found
 
 
 def _layers(base: nn.Module) -> list[nn.Module]:

@@ -126,7 +126,7 @@ def task_placements(task: TaskAdapter, model: Any) -> dict[str, Placement]:
 
 
 def rows_of(model: Any) -> dict[str, int]:
-    """Returns C_out of each adaptable layer of a ComfyUI model, "diffusion_model.<module>" -> it."""
+    """Returns "diffusion_model.<module>" -> C_out of each adaptable layer of a ComfyUI model."""
     return {PREFIX + t.name: t.out_features for t in all_targets(model.diffusion_model)}
 
 

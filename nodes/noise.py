@@ -1,7 +1,7 @@
 """How a ComfyUI model mixes noise into pictures, as the trainer's `Objective`.
 
 ComfyUI's samplers work with x = x0 + σ·ε (or, for a flow, the straight mix); the trainer with
-x_t = α·x0 + σ·ε where α² + σ² = 1, or with the flow's mix. Both are the same sample on another scale,
+x_t = α·x0 + σ·ε where α² + σ² = 1, or with the flow's mix. Both are one sample on different scales,
 so that a task trained here and one trained in diffusers have learned from the same numbers.
 """
 

@@ -1,7 +1,7 @@
 """Tasks on a ComfyUI model while they are trained: parameters under diffusers' names.
 
-ComfyUI fuses some layers that diffusers keeps apart (q, k, v). What is trained is diffusers' form: a
-fused layer's affiner is put together from its parts' parameters whenever it is read, so the same
+ComfyUI fuses some layers that diffusers keeps apart (q, k, v). What is trained is diffusers' form:
+a fused layer's affiner is put together from its parts' parameters whenever it is read, so the same
 numbers are trained in both hosts and the files are the same.
 """
 

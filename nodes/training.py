@@ -80,6 +80,7 @@ def denoiser_of(
         encoder_key=None if vae is None else encoder_key(vae.first_stage_model),
         text_key=None if clip is None else encoder_key(clip.cond_stage_model),
         runs_on=model.load_device,
+        guided=not base.model_config.unet_config.get("guidance_embed", False),
     )
 
 

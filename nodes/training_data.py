@@ -50,7 +50,7 @@ def folder_of(choice: str) -> Path:
     path = os.path.abspath(os.path.join(root, choice))
     if not folder_paths.is_within_directory(root, path) or not os.path.isdir(path):
         raise DiffScalerError(
-            f"there is no folder {choice!r} in ComfyUI's input folder; put the pictures there, then "
+            f"there is no folder {choice!r} in ComfyUI's input folder; put the pictures there and "
             f"press R to see it in the list"
         )
     return Path(path)
@@ -159,8 +159,8 @@ def from_latents(
     wrong = [row.shape[0] for row in rows if row.shape[0] != channels]
     if wrong or not rows:
         raise DiffScalerError(
-            f"the latents have {wrong[0] if wrong else 'no pictures and no'} channels, this model's "
-            f"have {channels}; encode the pictures with this model's own VAE"
+            f"the latents have {wrong[0] if wrong else 'no pictures and no'} channels, this model "
+            f"has {channels}; encode the pictures with this model's own VAE"
         )
     if len(prompts) not in (1, len(rows)):
         raise DiffScalerError(

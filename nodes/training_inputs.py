@@ -56,7 +56,7 @@ _TIPS: dict[str, str] = {
     "prompt_noise": "How different learned prompts are at the start.",
     "perturb": "Noise on the prompts' embeddings, against learning pictures by heart.",
     "perturb_gamma": "Size of that noise.",
-    "timesteps": "How noise levels are drawn; auto: logit_normal for flows, uniform for the others.",
+    "timesteps": "How noise levels are drawn; auto: logit_normal for flows, else uniform.",
     "timestep_mean": "Of logit_normal: above 0 more noisy times, below 0 fewer.",
     "timestep_std": "Of logit_normal: its width.",
     "timestep_shift": "Above 1 moves all times towards noise, for large pictures.",
@@ -64,7 +64,7 @@ _TIPS: dict[str, str] = {
     "weighting": "Weight of the loss by noise level; min_snr is for noise and v models.",
     "snr_gamma": "The cap of min_snr.",
     "chain_tau": "How fast the weight of chain grows with noise.",
-    "validation_share": "Share of the pictures kept from training, to see how well the task does on others.",
+    "validation_share": "Share of the pictures that is not trained on but looked at.",
     "validate_every": "Steps between validations; 0: at the end only.",
     "validation_times": "Noise levels at which each validation picture is looked at.",
     "sample_steps": "Sampler steps of the samples.",
@@ -110,8 +110,8 @@ def training_inputs() -> list[io.Input]:
             "folder",
             options=folder_choices(),
             default=NO_FOLDER,
-            tooltip="A folder of pictures in ComfyUI's input folder. A picture's prompt is the text "
-            "file beside it (cat.png, cat.txt), else its sub-folder's name, else the task's name.",
+            tooltip="A folder of pictures in ComfyUI's input folder. A picture's prompt is the "
+            "text file beside it (cat.png, cat.txt), else its sub-folder's name, else the task's.",
         ),
         io.Int.Input(
             "resolution",
@@ -139,8 +139,8 @@ def training_inputs() -> list[io.Input]:
             max=1.0,
             step=1e-7,
             round=False,
-            tooltip="Learning rate of the subspaces: about 0.001 for models of full size, up to 0.01 "
-            "for small ones.",
+            tooltip="Learning rate of the subspaces: about 0.001 for models of full size, up to "
+            "0.01 for small ones.",
         ),
         io.Int.Input(
             "seed",
@@ -222,7 +222,7 @@ def settings_inputs() -> list[io.Input]:
         "keep_latents",
         default=True,
         optional=True,
-        tooltip="Keep encoded pictures in ComfyUI's user folder, so that the next run starts sooner.",
+        tooltip="Keep encoded pictures in ComfyUI's user folder: the next run starts sooner.",
     )
     return [*(_input(name) for name in _SHOWN), keep]
 

@@ -48,11 +48,19 @@ Outcome = tuple[TaskAdapter, dict[str, list[float]], Tensor, str]
 
 @dataclass
 class Source:
-    """Pictures and what the model is told about them."""
+    """Pictures and what the model is told about them.
+
+    Attributes:
+        data: The pictures.
+        prompts: Their prompts.
+        validation: Pictures that are never trained on.
+        has_null: False: nobody knows the empty prompt; `prompts` has zeros in its place.
+    """
 
     data: TrainingData
     prompts: Prompts
     validation: TrainingData | None = None
+    has_null: bool = True
 
 
 def train(inputs: Inputs, node: str | None = None) -> Outcome:
@@ -76,7 +84,7 @@ def _train(inputs: Inputs, node: str | None) -> Outcome:
     denoiser = denoiser_of(model, inputs.get("vae"), inputs.get("clip"), told)
     config = config_of(inputs, model)
     source = _source(inputs, denoiser, config, told)
-    if NULL not in source.prompts.names and not _has_null(source.prompts):
+    if not source.has_null:
         # without an empty prompt there is nothing to guide away from
         config = dataclasses.replace(config, drop=0.0, guidance=1.0)
     folder, shown = run_folder(inputs, config, source)
@@ -172,12 +180,18 @@ def _source(
         data = from_folder(denoiser, folder, size, config.name, options)
     validation = _validation(inputs, denoiser, config, data, size, options)
     data, validation = _one_set_of_names(data, validation)
-    if rows and not given["folder"]:
-        null = rows_of([e for one in inputs.get("negative") or () for e in one])
-        prompts = _conditioned(inputs, denoiser, data.prompts, unique, null, told)
-    else:
+    if not rows or given["folder"]:
         prompts = _texts(inputs, denoiser, config, data.prompts, told)
-    return Source(data, prompts, validation)
+        return Source(data, prompts, validation)
+    null = rows_of([entry for one in inputs.get("negative") or () for entry in one])
+    if not null and inputs.get("clip") is not None:
+        null = _encoded(inputs["clip"], [NULL])
+    shown = [unique[name] for name in data.prompts]
+    told.update(facts_of(shown))
+    empty = null[0] if null else empty_like(shown[0])
+    repeat = repeats_tokens(denoiser.model, shown[0])
+    prompts = prompts_of(data.prompts, shown, empty, repeat)
+    return Source(data, prompts, validation, has_null=bool(null))
 
 
 def _named(rows: Sequence[Row], name: str) -> tuple[list[str], dict[str, Row]]:
@@ -237,29 +251,6 @@ def _one_set_of_names(
         dataclasses.replace(data, prompts=names),
         dataclasses.replace(validation, prompts=names, index=index),
     )
-
-
-def _conditioned(
-    inputs: Inputs,
-    denoiser: Denoiser,
-    names: Sequence[str],
-    unique: Mapping[str, Row],
-    null: Sequence[Row],
-    told: dict[str, Any],
-) -> Prompts:
-    """Returns connected prompts; the empty one is connected, encoded, stored, or all zeros."""
-    rows = [unique[name] for name in names]
-    told.update(facts_of(rows))
-    if not null and inputs.get("clip") is not None:
-        null = _encoded(inputs["clip"], [NULL])
-    known = null[0] if null else empty_like(rows[0])
-    prompts = prompts_of(names, rows, known, repeats_tokens(denoiser.model, rows[0]))
-    prompts.has_null = bool(null)
-    return prompts
-
-
-def _has_null(prompts: Prompts) -> bool:
-    return bool(getattr(prompts, "has_null", True))
 
 
 def _texts(

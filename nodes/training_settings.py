@@ -20,8 +20,9 @@ class DiffScalerTrainingSettings(io.ComfyNode):
             node_id="DiffScalerTrainingSettings",
             display_name="DiffScaler Training Settings",
             category=CATEGORY,
-            description="Further settings for Train DiffScaler Task: layers, learning rates, noise, "
-            "prompts, validation, samples, checkpoints, memory. All have defaults that work.",
+            description="Further settings for Train DiffScaler Task: layers, learning rates, "
+            "noise, prompts, validation, samples, checkpoints, memory. All have defaults that "
+            "work.",
             search_aliases=["diffscaler", "optimizer", "learning rate", "training options"],
             inputs=settings_inputs(),
             outputs=[

@@ -58,7 +58,7 @@ def save_checkpoint(
     """
     path = folder / f"step-{step:09}.safetensors"
     own = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    note = json.dumps({"version": VERSION, "step": step, **facts}, allow_nan=False)
+    note = json.dumps({"version": VERSION, "step": step, **facts})  # Prodigy keeps an Infinity
     write_whole(path, save(own, {_KEY: note}))
     mine = [p for p in _checkpoints(folder) if p.name <= path.name]
     for old in set(_checkpoints(folder)) - set(mine[-keep:]):

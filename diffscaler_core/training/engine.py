@@ -81,6 +81,7 @@ class Engine:
 
     def begin(self, resume: str) -> None:
         """Goes on from the folder's newest checkpoint, if it is asked to and there is one."""
+        self.first_look()
         if self.folder is None:
             return
         found = newest_checkpoint(self.folder.checkpoints) if resume == "auto" else None
@@ -96,6 +97,20 @@ class Engine:
         if self.launch.is_main:
             facts = {"tasks": [learner.name for learner in self.learners], "versions": versions()}
             self.folder.start(self.config, facts, self.step)
+
+    @torch.no_grad()
+    def first_look(self) -> None:
+        """Runs the base once on one picture: what cannot work fails here, before any training.
+
+        Layers that read one input find each other at their first call and share a product from
+        then on, which rounds differently. With this look the first step, of a new run as of a
+        resumed one, computes as all others do.
+        """
+        learner = self.learners[0]
+        drawn = learner.draw(self.step).rows(slice(0, 1), self.device)
+        timestep, x_t = self.denoiser.objective.noisy(drawn.x0, drawn.noise, drawn.t)
+        with self.denoiser.autocast(self.config.precision), self._alone(learner):
+            self.denoiser.predict(x_t, timestep, learner.condition(drawn))
 
     def train(self, on_step: OnStep | None) -> dict[str, TaskAdapter]:
         """Runs to the end, or to an early one; returns the tasks as they are then."""
@@ -257,7 +272,8 @@ class Engine:
             for report in reports:
                 self.folder.log(report)
                 if report.samples is not None:
-                    self.folder.show(step, report.samples, 4, report.task)
+                    name = report.task if len(reports) > 1 else ""
+                    self.folder.show(step, report.samples, 4, name)
             if validate or last:
                 self.folder.curve({learner.name: learner.history for learner in self.learners})
         return reports

@@ -35,6 +35,21 @@ FROZEN = {
         "description",
     ],
     "DiffScalerTaskConditioning": ["task", "prompt"],
+    "DiffScalerTrainTask": [
+        *("model", "name", "folder", "resolution", "method", "rank", "steps", "batch_size"),
+        *("learning_rate", "seed", "resume", "vae", "clip", "words", "images", "captions"),
+        *("latents", "positive", "negative", "task", "validation_folder"),
+        *("validation_latents", "validation_positive", "settings"),
+    ],
+    "DiffScalerTrainingSettings": [
+        *("targets", "exclude", "lr_scale_shift", "lr_prompts", "optimizer", "schedule"),
+        *("warmup", "restarts", "weight_decay", "beta1", "beta2", "clip", "ema", "accumulate"),
+        *("flip", "crops", "buckets", "skip_bad", "prompts", "drop", "prompt_noise", "perturb"),
+        *("perturb_gamma", "timesteps", "timestep_mean", "timestep_std", "timestep_shift"),
+        *("timestep_uniform", "weighting", "snr_gamma", "chain_tau", "validation_share"),
+        *("validate_every", "validation_times", "sample_every", "sample_steps", "guidance"),
+        *("save_every", "keep", "precision", "checkpointing", "keep_latents"),
+    ],
 }
 
 
