@@ -11,6 +11,7 @@ RESULTS.md.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import time
 from pathlib import Path
@@ -57,7 +58,11 @@ def base_of(name: str, device: str) -> tuple[Denoiser, tuple[int, int, int], Tas
     if name == "dit":
         return as_denoiser(Pipe(device)), (4, 32, 32), None
     pocket = Path(__file__).resolve().parent.parent / "assets" / "pocket"
-    return as_denoiser(load_pipeline(pocket).to(device)), (16, 16, 16), load_task(pocket / "diffscaler" / "words.safetensors")
+    return (
+        as_denoiser(load_pipeline(pocket).to(device)),
+        (16, 16, 16),
+        load_task(pocket / "diffscaler" / "words.safetensors"),
+    )
 
 
 def data_of(seed: int, shape: tuple[int, int, int], prompt: str) -> TrainingData:
@@ -78,7 +83,7 @@ def fastest_step(base: Denoiser, runs: list[TaskRun], config: TrainingConfig) ->
 
     train_tasks(base, runs, config, on_step=on_step)
     ends = ends[len(runs) - 1 :: len(runs)]  # one report per task and step
-    return min(after - before for before, after in zip(ends, ends[1:], strict=False))
+    return min(after - before for before, after in itertools.pairwise(ends))
 
 
 def measure(

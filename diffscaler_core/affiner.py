@@ -254,7 +254,6 @@ def apply_folded(
     folded: Folded,
     geometry: ConvGeometry | None = None,
     row_repeats: int = 1,
-    hidden: Tensor | None = None,
 ) -> Tensor:
     """Returns y + Σ wₖ Δₖ(x, y) from folded affiners, in y's dtype.
 
@@ -264,11 +263,10 @@ def apply_folded(
         folded: From `fold`, on y's device and in y's dtype.
         geometry: The convolution's geometry, None for a Linear.
         row_repeats: With rows: how many consecutive leading entries of y belong to one row.
-        hidden: act(D x), (..., R), if it is known already.
     """
     rows = folded.mask is not None or (folded.offset is not None and folded.offset.ndim == 2)
     rows = rows or (folded.gain is not None and folded.gain.ndim == 2)
-    correction = _correction(x, y, folded, geometry, row_repeats if rows else 0, hidden)
+    correction = _correction(x, y, folded, geometry, row_repeats if rows else 0)
     gain = folded.gain
     if gain is not None:
         gain = _spread(gain, y, geometry, row_repeats if rows else 0)
@@ -291,23 +289,15 @@ def corrected(y: Tensor, gain: Tensor | None, correction: Tensor | None) -> Tens
 
 
 def _correction(
-    x: Tensor,
-    y: Tensor,
-    folded: Folded,
-    geometry: ConvGeometry | None,
-    row_repeats: int,
-    hidden: Tensor | None,
+    x: Tensor, y: Tensor, folded: Folded, geometry: ConvGeometry | None, row_repeats: int
 ) -> Tensor | None:
     """Returns what does not depend on y: the offset and the subspace; None if there is neither."""
     offset = folded.offset
     if folded.down is None or folded.up is None:
         return None if offset is None else _spread(offset, y, geometry, row_repeats)
-    if hidden is None:
-        hidden = project_down(x.to(y.device, y.dtype), folded.down, geometry)
-        floor = folded.floor
-        if floor is not None:
-            floor = _spread(floor, hidden, geometry, 0)
-        hidden = activated(hidden, floor, folded.linear)
+    hidden = project_down(x.to(y.device, y.dtype), folded.down, geometry)
+    floor = None if folded.floor is None else _spread(folded.floor, hidden, geometry, 0)
+    hidden = activated(hidden, floor, folded.linear)
     if not row_repeats:
         return project_up(hidden, folded.up, offset, geometry)
     if folded.mask is not None:

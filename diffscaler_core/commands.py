@@ -17,7 +17,7 @@ from .combine import combine_tasks
 from .describe import describe
 from .errors import DiffScalerError
 from .files import load_task, read_info, save_task
-from .training.command import EXAMPLES, train
+from .training.command.train import EXAMPLES, train
 from .version import __version__
 
 out = Console(soft_wrap=True)

@@ -2,8 +2,12 @@
 
 Found while the model runs: layers called one after the other with the very same tensor object. From
 then on the first of them multiplies by all their Ds at once, D_q over D_k over D_v, and each takes
-its own part. The numbers are those of separate products; no parameter changes. Our choice, not the
-paper's: it saves time where width is small against the cost of starting a product.
+its own part. No parameter changes, and the numbers are those of separate products but for their
+last bits. Our choice, not the paper's: it saves time where width is small against the cost of
+starting a product.
+
+Only while parameters are trained: what is drawn with a finished task must be the same bit for bit
+at the first call and at any later one.
 
 What is shared carries no graph (each layer has its own gradients) and no reference to the input,
 and goes with the input. So checkpointing, which runs parts again and may stop halfway, changes

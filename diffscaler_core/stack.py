@@ -119,12 +119,7 @@ class AffinerStack(nn.Module):
         if live:
             return self._apply_live(x, y)
         repeats = self._row_repeats(y) if self._weights.ndim == 3 else 1
-        folded = self._folded_for(y.device, y.dtype)
-        shared = None
-        if not (x.requires_grad and torch.is_grad_enabled()):  # what is shared has no graph
-            shared = self._share(x, y)
-        hidden = None if shared is None else shared.hidden
-        return apply_folded(x, y, folded, self.geometry, repeats, hidden)
+        return apply_folded(x, y, self._folded_for(y.device, y.dtype), self.geometry, repeats)
 
     def _apply_live(self, x: Tensor, y: Tensor) -> Tensor:
         """Applies parameters that are being trained."""
@@ -162,14 +157,11 @@ class AffinerStack(nn.Module):
         return None if offer is None else self.siblings.share(self, x, offer, y.device, y.dtype)
 
     def offer(self, device: torch.device, dtype: torch.dtype) -> Offer | None:
-        """Returns the D this layer would multiply by now; None if it has none to share."""
+        """Returns the D that is trained here now; None if there is none to share."""
         if self.geometry is not None or self._groups is not None:
             return None
         if not any(parameter.requires_grad for parameter in self._known):
-            if self.idle:
-                return None
-            folded = self._folded_for(device, dtype)
-            return None if folded.down is None else Offer(folded.down, folded.floor, folded.linear)
+            return None
         if self._alone is None or self._alone == _NOBODY:
             return None
         affiner = self._affiners()[self._alone]

@@ -15,16 +15,16 @@ from PIL import Image
 from torch import Tensor
 
 from ..diffscaler_core import DiffScalerError
-from ..diffscaler_core.training.batches import TrainingData
-from ..diffscaler_core.training.data import encode_folder, encode_pictures
-from ..diffscaler_core.training.denoiser import Denoiser
-from ..diffscaler_core.training.pixels import (
+from ..diffscaler_core.training.data.batches import TrainingData
+from ..diffscaler_core.training.data.pixels import (
     View,
     bucket_sizes,
     check_size,
     cut,
     nearest_bucket,
 )
+from ..diffscaler_core.training.data.prepare import encode_folder, encode_pictures
+from ..diffscaler_core.training.denoiser import Denoiser
 
 NO_FOLDER = "(none)"
 #: Pictures that come with the pack, so that its workflow runs as it is.

@@ -18,9 +18,9 @@ from comfy.model_management import InterruptProcessingException
 from torch import Tensor
 
 from ..diffscaler_core import DiffScalerError, TaskAdapter, save_task
-from ..diffscaler_core.training.batches import TrainingData
 from ..diffscaler_core.training.conditioning import NULL, Prompts, prompts_for
 from ..diffscaler_core.training.config import TrainingConfig
+from ..diffscaler_core.training.data.batches import TrainingData
 from ..diffscaler_core.training.denoiser import Denoiser
 from ..diffscaler_core.training.facts import plain_settings
 from ..diffscaler_core.training.loop import train_task

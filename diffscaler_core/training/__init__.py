@@ -7,11 +7,11 @@ data = encode_folder("pictures", 512, denoiser.encode)
 task = train_task(denoiser, data, TrainingConfig(name="flowers", steps=1000))
 """
 
+from .bases.pipelines import as_denoiser
 from .conditioning import Prompts, prompts_for
 from .config import TrainingConfig
-from .data import TrainingData, encode_folder, encode_pictures, find_pictures
+from .data.prepare import TrainingData, encode_folder, encode_pictures, find_pictures
 from .denoiser import Denoiser
-from .diffusers_bases import as_denoiser
 from .engine import DivergedError
 from .learner import TaskRun
 from .loop import train_task, train_tasks

@@ -315,7 +315,7 @@ def encoded_prompts(
     if cache is None or denoiser.text_key is None:
         parts = [encode(texts[i : i + batch]) for i in range(0, len(texts), batch)]
     else:
-        from .cache import cached_texts
+        from .data.cache import cached_texts
 
         parts = [cached_texts(encode, [text], denoiser.text_key, cache) for text in texts]
     fields = {name: _joined([part[name].cpu() for part in parts]) for name in parts[0]}

@@ -1,6 +1,6 @@
 """Denoiser: one shape for every base, predict(x_t, timestep, condition). Knows no host.
 
-diffusers pipelines become one in `diffusers_bases.py`; ComfyUI's models in the node pack.
+diffusers pipelines become one in `bases/`; ComfyUI's models in the node pack.
 """
 
 from __future__ import annotations

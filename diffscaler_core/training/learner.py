@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from ..errors import DiffScalerError, first_names
 from ..task import TaskAdapter
-from .batches import Batch, Batches
 from .checkpoints import optimizer_state, restore_optimizer
 from .conditioning import Prompts
 from .config import TrainingConfig
+from .data.batches import Batch, Batches
 from .denoiser import Trainable
 from .objective import Objective, draw_times
 from .optimizer import Ema, make_optimizers, rate_at

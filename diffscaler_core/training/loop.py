@@ -12,11 +12,11 @@ import torch
 
 from ..errors import DiffScalerError
 from ..task import TaskAdapter, new_task
-from .batches import Batches
+from .bases.pipelines import as_denoiser
 from .conditioning import Prompts, prompts_for
 from .config import TrainingConfig
+from .data.batches import Batches
 from .denoiser import Denoiser
-from .diffusers_bases import as_denoiser
 from .engine import Engine
 from .launch import launch_of
 from .learner import Learner, TaskRun

@@ -7,8 +7,8 @@ import contextlib
 import torch
 
 from ..task import TaskAdapter
-from .batches import Batches
 from .conditioning import Prompts
+from .data.batches import Batches
 from .denoiser import Denoiser
 from .randomness import generator_for
 

@@ -1,6 +1,6 @@
 """One process of a distributed run; started by `accelerate launch` in test_distributed.py.
 
-    distributed_run.py KIND OUT    KIND: plain, several or sharded
+distributed_run.py KIND OUT    KIND: plain, several or sharded
 """
 
 from __future__ import annotations

@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from diffscaler_core.training.data import encode_folder, load_picture
-from diffscaler_core.training.pixels import (
+from diffscaler_core.training.data.pixels import (
     View,
     bucket_sizes,
     cropped_share,
@@ -18,6 +17,7 @@ from diffscaler_core.training.pixels import (
     picture_size,
     views_of,
 )
+from diffscaler_core.training.data.prepare import encode_folder, load_picture
 
 
 def same(pixels):

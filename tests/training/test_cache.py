@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from diffscaler_core.errors import DiffScalerError
-from diffscaler_core.training import cache as cache_file
-from diffscaler_core.training.cache import Cache, StoredLatents, cached_texts, encoder_key
-from diffscaler_core.training.data import encode_folder, encode_pictures
+from diffscaler_core.training.data import cache as cache_file
+from diffscaler_core.training.data.cache import Cache, StoredLatents, cached_texts, encoder_key
+from diffscaler_core.training.data.prepare import encode_folder, encode_pictures
 
 
 class Counting:

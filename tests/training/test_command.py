@@ -13,7 +13,7 @@ typer_testing = pytest.importorskip("typer.testing")
 
 from diffscaler_core import cli, load_task, new_task, save_task  # noqa: E402
 from diffscaler_core.commands import app  # noqa: E402
-from diffscaler_core.training import bases  # noqa: E402
+from diffscaler_core.training.bases import load as bases  # noqa: E402
 from diffscaler_core.training.run_folder import read_log  # noqa: E402
 from diffscaler_core.training.settings import SETTINGS  # noqa: E402
 
@@ -29,7 +29,7 @@ def base(sd3, tmp_path, monkeypatch):
     """A folder that `train` takes for a base, with a tiny SD3 in it."""
     folder = tmp_path / "base"
     folder.mkdir()
-    monkeypatch.setattr("diffscaler_core.training.command.load_base", lambda *a: sd3)
+    monkeypatch.setattr("diffscaler_core.training.command.train.load_base", lambda *a: sd3)
     return folder
 
 
@@ -147,7 +147,7 @@ def test_views_shapes_and_the_cache(base, sd3, pictures, words_file, tmp_path, m
         return sd3.encode(pixels)
 
     kept = dataclasses.replace(sd3, encode=encode, encoder_key="tiny")
-    monkeypatch.setattr("diffscaler_core.training.command.load_base", lambda *a: kept)
+    monkeypatch.setattr("diffscaler_core.training.command.train.load_base", lambda *a: kept)
     Image.new("RGB", (64, 24), "green").save(pictures / "red" / "wide.png")
     told = ["--words", words_file, "--buckets", "--crops", 1, "--flip", "--name", "t"]
     told += ["--cache", tmp_path / "cache"]
@@ -286,7 +286,7 @@ def test_a_mistake_is_found_before_anything_is_loaded(pictures, tmp_path, monkey
     def load_base(*arguments):
         raise AssertionError("nothing must be loaded yet")
 
-    monkeypatch.setattr("diffscaler_core.training.command.load_base", load_base)
+    monkeypatch.setattr("diffscaler_core.training.command.train.load_base", load_base)
     file = tmp_path / "run.toml"
     file.write_text(f"base = 'b'\ndata = '{pictures}'\n\n[training]\nlr = -1\n")
     one_line(run("train", file), "run.toml line 5: lr must be above 0, got -1")
@@ -307,16 +307,16 @@ def test_a_base_that_is_none_is_one_line(pictures, tmp_path):
 
 
 def failing(sd3, monkeypatch, at, act):
-    """Makes the base do something at its n-th prediction."""
-    calls = []
+    """Makes the base do something at its n-th step's prediction."""
+    calls = [-1]  # the look before the first step does not count
 
     def predict(*arguments):
         calls.append(1)
-        factor = act() if len(calls) == at else None
+        factor = act() if len(calls) - 2 == at else None
         return sd3.predict(*arguments) * (1 if factor is None else factor)
 
     broken = dataclasses.replace(sd3, predict=predict)
-    monkeypatch.setattr("diffscaler_core.training.command.load_base", lambda *a: broken)
+    monkeypatch.setattr("diffscaler_core.training.command.train.load_base", lambda *a: broken)
 
 
 def test_a_diverged_run_keeps_the_last_good_state(
@@ -340,7 +340,7 @@ def test_ctrl_c_saves_the_state_so_far_and_the_same_command_goes_on(
     assert result.exit_code == 130, result.output
     assert "stopped early, 3 of 5 steps" in result.stderr
     assert load_task(out).info["training"]["steps_done"] == 3
-    monkeypatch.setattr("diffscaler_core.training.command.load_base", lambda *a: sd3)
+    monkeypatch.setattr("diffscaler_core.training.command.train.load_base", lambda *a: sd3)
     result = train(base, pictures, out, *told)
     assert result.exit_code == 0, result.output
     assert "going on after step 3" in result.stderr

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from diffscaler_core.errors import DiffScalerError
-from diffscaler_core.training.data import (
+from diffscaler_core.training.data.prepare import (
     TrainingData,
     encode_folder,
     encode_pictures,

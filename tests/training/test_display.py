@@ -5,7 +5,7 @@ import pytest
 
 console_of = pytest.importorskip("rich.console").Console
 
-from diffscaler_core.training.display import Display, Encoding  # noqa: E402
+from diffscaler_core.training.command.display import Display, Encoding  # noqa: E402
 from diffscaler_core.training.progress import Progress  # noqa: E402
 from diffscaler_core.training.run_folder import RunFolder  # noqa: E402
 

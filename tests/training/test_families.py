@@ -16,7 +16,7 @@ d = pytest.importorskip("diffusers")
 from diffscaler_core import new_task  # noqa: E402
 from diffscaler_core.errors import DiffScalerError  # noqa: E402
 from diffscaler_core.training import as_denoiser  # noqa: E402
-from diffscaler_core.training.family_calls import CALLS, pack, unpack  # noqa: E402
+from diffscaler_core.training.bases.calls import CALLS, pack, unpack  # noqa: E402
 from diffscaler_core.training.objective import combine, separate  # noqa: E402
 
 #: Not square, so that rows and columns cannot be mixed up unnoticed.
@@ -427,7 +427,8 @@ def test_a_task_trains_and_the_base_stays(case):
     pipe = case.pipe()
     denoiser = as_denoiser(pipe)
     before = {k: v.clone() for k, v in denoiser.model.state_dict().items()}
-    task = new_task(denoiser.model, rank=16, component=denoiser.component)
+    # of a few hidden units all may be at rest for two pictures; with this seed some are not
+    task = new_task(denoiser.model, rank=16, component=denoiser.component, seed=1)
     channels = 3 if case.component == "unet" and not case.condition else 4
     x0, noise = rand(2, channels, *case.size), rand(2, channels, *case.size, seed=8)
     t = torch.tensor([0.3, 0.8])

@@ -13,7 +13,7 @@ d = pytest.importorskip("diffusers")
 t = pytest.importorskip("transformers")
 
 from diffscaler_core.training import as_denoiser  # noqa: E402
-from diffscaler_core.training.family_texts import TEXTS  # noqa: E402
+from diffscaler_core.training.bases.texts import TEXTS  # noqa: E402
 
 from .test_families import CASES, PICTURE, heard_by  # noqa: E402
 

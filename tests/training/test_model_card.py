@@ -9,7 +9,7 @@ pytest.importorskip("huggingface_hub")
 
 from diffscaler_core import DiffScalerError, load_task, new_task, save_task
 from diffscaler_core.hub import FILE_NAME, find_task_file
-from diffscaler_core.training import model_card
+from diffscaler_core.training.command import model_card
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffscaler_core.training import TrainingConfig, TrainingData, prompts_for
-from diffscaler_core.training.plan import (
+from diffscaler_core.training.command.plan import (
     activation_bytes,
     duration,
     format_plan,

@@ -13,7 +13,7 @@ from diffscaler_core.training import (
     train_tasks,
     validation_loss,
 )
-from diffscaler_core.training.batches import Batch
+from diffscaler_core.training.data.batches import Batch
 from diffscaler_core.training.learner import Learner
 
 from .runs import config_of, farthest, same
@@ -126,9 +126,9 @@ def test_a_stream_with_its_own_conditions_trains_as_the_same_prompts_would(sd3, 
     streamed = train_tasks(sd3, [TaskRun("tiny", Stream(words), prompts)], config)["tiny"]
     plain = train_tasks(sd3, [TaskRun("tiny", data_for(0), words=words)], config)["tiny"]
     assert farthest(streamed, plain) < 1e-6
-    told_nothing = train_tasks(
-        sd3, [TaskRun("tiny", data_for(0, ("",)), words=words)], config
-    )["tiny"]
+    told_nothing = train_tasks(sd3, [TaskRun("tiny", data_for(0, ("",)), words=words)], config)[
+        "tiny"
+    ]
     assert not same(streamed, told_nothing)
 
 

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from diffscaler_core.errors import DiffScalerError
-from diffscaler_core.training.data import encode_folder
-from diffscaler_core.training.sources import find_examples
+from diffscaler_core.training.data.prepare import encode_folder
+from diffscaler_core.training.data.sources import find_examples
 
 
 def same(pixels):

@@ -10,8 +10,8 @@ from diffscaler_core.errors import DiffScalerError
 
 datasets = pytest.importorskip("datasets", reason="the library datasets is not installed")
 
-from diffscaler_core.training import streaming  # noqa: E402
-from diffscaler_core.training.streaming import stream  # noqa: E402
+from diffscaler_core.training.data import streaming  # noqa: E402
+from diffscaler_core.training.data.streaming import stream  # noqa: E402
 
 COUNT = 12
 

@@ -7,13 +7,13 @@ import torch
 tracking = pytest.importorskip("accelerate.tracking")
 
 from diffscaler_core import DiffScalerError  # noqa: E402
-from diffscaler_core.training.progress import Progress  # noqa: E402
-from diffscaler_core.training.tracking import (  # noqa: E402
+from diffscaler_core.training.command.tracking import (  # noqa: E402
     Tracker,
     check_tracker,
     numbers,
     start_tracker,
 )
+from diffscaler_core.training.progress import Progress  # noqa: E402
 
 
 class Kept(tracking.GeneralTracker):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import DiffScalerError, unknown
+from ...errors import DiffScalerError, unknown
 from .sources import CONTROL_KEYS, PROMPT_KEYS, Example
 
 

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from ..progress import Progress
+from ..run_folder import RunFolder
 from .plan import duration, size_of
-from .progress import Progress
-from .run_folder import RunFolder
 
 _QUIET = 30.0  # seconds between lines where the output is no terminal
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..errors import DiffScalerError, unknown
+from ...errors import DiffScalerError, unknown
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Where a pocket base keeps its denoiser, and any base the prompts it was trained with.
@@ -31,7 +31,7 @@ def load_base(name: str, dtype: str = "float32", device: str = "auto") -> Any:
         raise unknown("dtype", dtype, DTYPES)
     folder = Path(name).expanduser()
     if is_pocket(folder):
-        from ..pocket import load_pipeline
+        from ...pocket import load_pipeline
 
         pipe = load_pipeline(folder)
     elif folder.is_dir() and not (folder / "model_index.json").is_file():

@@ -14,26 +14,26 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from ..errors import DiffScalerError
-from ..files import save_task
-from ..task import TaskAdapter
-from .advice import before_training
-from .bases import DTYPES, load_base
-from .config import TrainingConfig
-from .config_file import read_config
-from .denoiser import Denoiser
-from .diffusers_bases import as_denoiser
+from ...errors import DiffScalerError
+from ...files import save_task
+from ...task import TaskAdapter
+from ..advice import before_training
+from ..bases.load import DTYPES, load_base
+from ..bases.pipelines import as_denoiser
+from ..config import TrainingConfig
+from ..config_file import read_config
+from ..denoiser import Denoiser
+from ..engine import DivergedError
+from ..learner import TaskRun
+from ..loop import train_tasks
+from ..progress import Progress
+from ..run_folder import RunFolder
+from ..settings import SECTIONS, SETTINGS, RunSettings, Setting
 from .display import Display, Encoding
-from .engine import DivergedError
 from .finish import finished, last_samples, sample_file
-from .learner import TaskRun
-from .loop import train_tasks
 from .model_card import check_repository, push
 from .plan import format_plan, plan_task, time_steps
-from .progress import Progress
 from .run_data import load_run, load_starts, load_words, skipped_lines
-from .run_folder import RunFolder
-from .settings import SECTIONS, SETTINGS, RunSettings, Setting
 from .tracking import Tracker, check_tracker, start_tracker
 
 EXAMPLES = """Examples:

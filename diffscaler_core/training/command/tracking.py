@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import DiffScalerError
-from .progress import BANDS, Progress
+from ...errors import DiffScalerError
+from ..progress import BANDS, Progress
 
 logger = logging.getLogger(__name__)
 _EVERY = 10  # steps between values; a service is slower than a disk
@@ -38,7 +38,7 @@ class Tracker:
         self._try(self.tracker.finish)
 
     def _samples(self, now: Progress) -> None:
-        from .preview import to_image
+        from ..preview import to_image
 
         if self.tracker.name not in ("tensorboard", "wandb"):
             return  # the others take pictures in ways of their own

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import DiffScalerError
+from ...errors import DiffScalerError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LISTING = "metadata.jsonl"

@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import DiffScalerError, first_names
-from ..files import load_task
-from ..task import TaskAdapter
-from .bases import default_words
-from .conditioning import prompts_for
-from .data import TrainingData, encode_folder
-from .denoiser import Denoiser
-from .learner import TaskRun
-from .settings import RunSettings, TaskSettings
+from ...errors import DiffScalerError, first_names
+from ...files import load_task
+from ...task import TaskAdapter
+from ..bases.load import default_words
+from ..conditioning import prompts_for
+from ..data.prepare import TrainingData, encode_folder
+from ..denoiser import Denoiser
+from ..learner import TaskRun
+from ..settings import RunSettings, TaskSettings
 
 #: What is encoded -> how to show how far that is: (done, all).
 Shown = Callable[[str], Callable[[int, int], None]]

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import DiffScalerError
-from .denoiser import Condition
-from .objective import shifted
+from ...errors import DiffScalerError
+from ..denoiser import Condition
+from ..objective import shifted
 
 #: What distilled models are told as their guidance: the default of the pipelines they run in.
 GUIDANCE = 3.5

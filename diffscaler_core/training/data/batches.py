@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import DiffScalerError
-from .randomness import generator_for, mixed
+from ...errors import DiffScalerError
+from ..randomness import generator_for, mixed
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..task import TaskAdapter
-from .run_folder import RunFolder
-from .settings import plain
+from ...task import TaskAdapter
+from ..run_folder import RunFolder
+from ..settings import plain
 
 COLUMNS = 4  # of a sheet of samples
 
@@ -28,7 +28,7 @@ def finished(task: TaskAdapter, dtype: torch.dtype, picture: Any = None) -> Task
     now = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     spec = {"date": now, **task.modelspec}
     if picture is not None:
-        from ..thumbnails import encode_thumbnail
+        from ...thumbnails import encode_thumbnail
 
         spec["thumbnail"] = encode_thumbnail(picture)
     layers = {
@@ -50,7 +50,7 @@ def last_samples(
         drawn: Samples that are at hand; None: the newest file's, from an earlier part of the run.
     """
     if drawn:
-        from .preview import grid
+        from ..preview import grid
 
         return grid(drawn, COLUMNS)
     file = sample_file(folder, task, several)

@@ -21,8 +21,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from ..atomic import write_whole
-from ..errors import DiffScalerError
+from ...atomic import write_whole
+from ...errors import DiffScalerError
 
 logger = logging.getLogger(__name__)
 

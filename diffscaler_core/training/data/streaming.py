@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import DiffScalerError, first_names, unknown
+from ...errors import DiffScalerError, first_names, unknown
+from ..denoiser import Encode
+from ..randomness import generator_for, mixed
 from .batches import Batch
 from .datasets_library import Columns, cell_bytes, find_columns, load_dataset, load_tars
-from .denoiser import Encode
 from .pixels import View, check_size, cut, decode_picture
-from .randomness import generator_for, mixed
 from .sources import DATASETS
 
 logger = logging.getLogger(__name__)

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import DiffScalerError, first_names
+from ...errors import DiffScalerError, first_names
+from ..denoiser import Encode
 from .autoencoder import vae_decode, vae_encode
 from .batches import Batch, TrainingData
 from .cache import Cache, digest_of
-from .denoiser import Encode
 from .encoding import MEMORY, Item, Mill, OnEncode
 from .pixels import (
     Size,

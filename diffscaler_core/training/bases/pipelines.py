@@ -1,6 +1,6 @@
 """diffusers pipelines as denoisers: which model, which objective, which sizes.
 
-How each family is called stands in `family_calls.py`.
+How each family is called stands in `calls.py`.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import DiffScalerError, unknown
-from ..families import Family, family_of
-from ..targets import component_of
-from .autoencoder import vae_decode, vae_encode
-from .cache import digest_of, encoder_key
-from .denoiser import Denoiser
-from .family_calls import CALLS, FamilyCall, Site
-from .family_texts import TEXTS
-from .objective import Objective
+from ...errors import DiffScalerError, unknown
+from ...families import Family, family_of
+from ...targets import component_of
+from ..data.autoencoder import vae_decode, vae_encode
+from ..data.cache import digest_of, encoder_key
+from ..denoiser import Denoiser
+from ..objective import Objective
+from .calls import CALLS, FamilyCall, Site
+from .texts import TEXTS
 
 #: Sides in latents that a token of these spans, where the model's own patch size does not say it.
 _PACKED = {"packed2": 2}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .denoiser import Encode
+from ..denoiser import Encode
 
 
 def vae_encode(vae: Any) -> Encode:

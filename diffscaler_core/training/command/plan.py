@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..families import FAMILIES
-from ..task import TaskAdapter, new_task
-from .batches import Batches
-from .conditioning import Prompts
-from .config import TrainingConfig
-from .denoiser import Denoiser
-from .progress import Progress
+from ...families import FAMILIES
+from ...task import TaskAdapter, new_task
+from ..conditioning import Prompts
+from ..config import TrainingConfig
+from ..data.batches import Batches
+from ..denoiser import Denoiser
+from ..progress import Progress
 
 #: Optimiser -> bytes it keeps per parameter beside the float32 parameter and its gradient.
 _OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}
@@ -203,7 +203,7 @@ def time_steps(
     The first step is not timed. Memory is measured on CUDA only: a process on a CPU holds much more
     than the run.
     """
-    from .loop import train_task
+    from ..loop import train_task
 
     cuda = denoiser.device.type == "cuda"
     ends: list[float] = []

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .randomness import generator_for
+from ..randomness import generator_for
 
 #: Random crops are this share of the largest possible one, at least.
 SMALLEST_CROP = 0.8

@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..describe import describe
-from ..errors import DiffScalerError
-from ..families import FAMILIES
-from ..hub import FILE_NAME
-from ..task import TaskAdapter
+from ...describe import describe
+from ...errors import DiffScalerError
+from ...families import FAMILIES
+from ...hub import FILE_NAME
+from ...task import TaskAdapter
 
 TAGS = ("diffscaler", "adapter", "diffusers", "comfyui")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import DiffScalerError, first_names
+from ...errors import DiffScalerError, first_names
+from ..denoiser import Encode
 from .batches import Latents, TrainingData
 from .cache import Cache, StoredLatents, digest_of
-from .denoiser import Encode
 from .pixels import Size, View
 
 #: (pictures done, pictures in all), called while they are encoded.
