@@ -37,7 +37,7 @@ def test_canvas_gives_the_api_twin_back(
 def test_queueing_from_the_canvas_draws_pictures(
     opened: dict[str, Any], server: Any, name: str
 ) -> None:
-    pictures = server.images(server.wait(opened[name]["prompt_id"]))
+    pictures = server.images(server.wait(opened[name]["prompt_id"], timeout=900))
     assert pictures
     assert len(set(pictures)) == len(pictures)  # no two branches draw the same
 

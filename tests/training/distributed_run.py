@@ -24,6 +24,9 @@ from diffscaler_core.training import (
     train_tasks,
 )
 
+#: plain: data parallel and accumulated; several: two tasks at once; sharded: FSDP2.
+KINDS = ("plain", "several", "sharded")
+
 
 def data_for(seed):
     generator = torch.Generator().manual_seed(seed)
@@ -65,4 +68,6 @@ def run(kind, out, accelerator):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(sys.argv[1], Path(sys.argv[2]), Accelerator())
+    accelerator = Accelerator()
+    for kind in KINDS:
+        run(kind, Path(sys.argv[1]) / kind, accelerator)
