@@ -246,3 +246,25 @@ def test_a_trained_task_changes_the_picture(sd3, pictures, words):
     assert not torch.equal(shown[0], base[0])
     with attach(sd3.model, task):
         assert any(module._forward_hooks for module in sd3.model.modules())
+
+
+def test_fp16_scales_its_gradients_and_resumes(sd3, pictures, words, tmp_path):
+    losses = []
+    changes = {"precision": "fp16", "steps": 20}
+    whole = trained(sd3, pictures, words, lambda p: losses.append(p.loss), **changes)
+    assert all(t.dtype == torch.float32 for t in weights_of(whole))
+    assert sum(losses[-5:]) < sum(losses[:5])
+    trained(sd3, pictures, words, lambda p: p.step == 9, folder=tmp_path, **changes)
+    assert same(trained(sd3, pictures, words, folder=tmp_path, **changes), whole)
+
+
+def test_a_quantised_base_is_trained_on_as_it_is(sd3, pictures, words):
+    quantization = pytest.importorskip("torchao.quantization")
+    data = data_of(sd3, pictures)
+    quantization.quantize_(sd3.model, quantization.Int8WeightOnlyConfig())
+    kept = sd3.model.transformer_blocks[0].attn.to_q.weight
+    assert type(kept) is not torch.nn.Parameter
+    before, losses = kept.dequantize().clone(), []
+    train_task(sd3, data, config_of(), words=words, on_step=lambda p: losses.append(p.loss))
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    assert torch.equal(sd3.model.transformer_blocks[0].attn.to_q.weight.dequantize(), before)
