@@ -97,6 +97,7 @@ SETTINGS: dict[str, Setting] = {
         Setting("crops", "pictures", "Random crops of each picture, beside its middle.", int),
         Setting("flip", "pictures", "Also the mirrored pictures.", bool),
         Setting("skip_bad", "pictures", "Skip broken pictures.", bool),
+        Setting("stream", "pictures", "Read and encode while training; keep nothing.", bool),
         Setting("cache", "pictures", "Folder that keeps encoded pictures.", Path),
         Setting("split", "pictures", "Of a data set."),
         Setting("image_column", "pictures", "Of a data set; default: the first with pictures."),
@@ -178,6 +179,7 @@ class RunSettings:
     crops: int = 0
     flip: bool = False
     skip_bad: bool = False
+    stream: bool = False
     cache: Path | None = None
     split: str = "train"
     image_column: str | None = None

@@ -133,6 +133,35 @@ def test_the_first_rows_are_kept_back_for_validation_and_held(tars):
     assert {n for batch in shown(train, range(3)) for n in batch} == set(range(COUNT))
 
 
+def test_the_command_line_trains_on_a_stream(tars, tmp_path, monkeypatch):
+    typer_testing = pytest.importorskip("typer.testing")
+    from diffscaler_core import load_task, save_task
+    from diffscaler_core.commands import app
+
+    from .bases import sd3_pipe, words_of
+
+    words = words_of()
+    named = ["", *CAPTIONS]
+    file = save_task(words.with_info(prompts=named), tmp_path / "words.safetensors")
+    monkeypatch.setattr("diffscaler_core.training.command.train.load_base", lambda *a: sd3_pipe())
+
+    def run(*more):
+        told = ["train", "--base", "b", "--data", tars, "--out", tmp_path / "t.safetensors"]
+        told += ["--words", file, "--size", 16, "--steps", 3, "--batch", 4, "--stream", *more]
+        return typer_testing.CliRunner().invoke(app, [str(word) for word in told])
+
+    plan = run("--plan")
+    assert plan.exit_code == 0, plan.output
+    assert "a stream of unknown length" in plan.output
+    done = run("--sample-steps", 1)
+    assert done.exit_code == 0, done.output
+    facts = load_task(tmp_path / "t.safetensors").info["training"]
+    assert facts["steps_done"] == 3
+    refused = run("--buckets")
+    assert refused.exit_code == 1
+    assert "leave out buckets, or stream" in refused.output
+
+
 def test_a_bad_row_is_named_once_and_replaced(tars, caplog):
     write_tar(tars / "b.tar", range(COUNT // 2, COUNT), broken=(7, 8))
     data = stream(tars, 8, same, prompts=CAPTIONS, shuffle=0)

@@ -229,6 +229,14 @@ def time_steps(
     return (ends[-1] - ends[0]) / max(1, len(ends) - 1), peak
 
 
+def _count(pictures: int) -> str:
+    return f"{pictures:,}" if pictures else "a stream of unknown length"
+
+
+def _times(plan: Plan) -> str:
+    return f": each picture {plan.epochs:,.0f} times" if plan.pictures else ""
+
+
 def format_plan(plans: Sequence[Plan]) -> str:
     """Returns plans as a table, one fact a line."""
     return "\n\n".join(_table(_rows(plan)) for plan in plans)
@@ -248,8 +256,8 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         ("trained", f"{plan.trained:,} parameters, {100 * plan.share:.2f} % of the base"),
         ("", trained),
         ("file", f"about {size_of(plan.file_bytes)}"),
-        ("pictures", f"{plan.pictures:,}, as {plan.shape[0]} x {height_width}"),
-        ("steps", f"{plan.steps:,} of {plan.batch}: each picture {plan.epochs:,.0f} times"),
+        ("pictures", f"{_count(plan.pictures)}, as {plan.shape[0]} x {height_width}"),
+        ("steps", f"{plan.steps:,} of {plan.batch}{_times(plan)}"),
         ("memory", f"about {size_of(plan.memory)} on {plan.device}, estimated"),
         ("", held),
     ]

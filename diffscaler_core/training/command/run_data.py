@@ -13,10 +13,13 @@ from ...task import TaskAdapter
 from ..bases.load import default_words
 from ..conditioning import prompts_for
 from ..data.prepare import TrainingData, encode_folder
+from ..data.streaming import stream
 from ..denoiser import Denoiser
 from ..learner import TaskRun
 from ..settings import RunSettings, TaskSettings
 
+#: With `validation_share`, so many of a stream's first pictures are kept back.
+STREAM_VALIDATION = 64
 #: What is encoded -> how to show how far that is: (done, all).
 Shown = Callable[[str], Callable[[int, int], None]]
 
@@ -61,6 +64,8 @@ def load_run(
         DiffScalerError: Pictures or prompts that cannot be had.
     """
     config, size = settings.config, picture_size(settings, denoiser)
+    if settings.stream:
+        return _streamed(denoiser, settings, task, words, start, size)
 
     def encoded(where: str, name: str = task.name, views: bool = True) -> TrainingData:
         return encode_folder(
@@ -98,6 +103,48 @@ def load_run(
     return TaskRun(
         task.name, data, prompts, words, start, validation=validation, prior=prior, seed=config.seed
     )
+
+
+def _streamed(
+    denoiser: Denoiser,
+    settings: RunSettings,
+    task: TaskSettings,
+    words: TaskAdapter | None,
+    start: TaskAdapter | None,
+    size: int,
+) -> TaskRun:
+    """Returns the run of a stream: captions are encoded on the way, known words looked up once."""
+    config = settings.config
+    kept = {
+        "validation": task.validation,
+        "prior": task.prior,
+        "buckets": settings.buckets,
+        "crops": settings.crops,
+        "cache": settings.cache,
+    }
+    for key, value in kept.items():
+        if value:
+            raise DiffScalerError(
+                f"{key} needs pictures that are prepared before the run, and stream prepares none: "
+                f"leave out {key}, or stream"
+            )
+    texts = denoiser.encode_text if task.prompts in ("auto", "encoded") else None
+    data = stream(
+        _place(task.data),
+        size,
+        denoiser.encode or (lambda pixels: pixels),
+        prompts=None if words is None or texts is not None else words.prompts,
+        encode_text=texts,
+        name=task.name,
+        split=settings.split,
+        image=settings.image_column,
+        prompt=settings.caption_column,
+        flip=settings.flip,
+        channels=denoiser.channels,
+        validation=STREAM_VALIDATION if config.validation_share else 0,
+    )
+    prompts = prompts_for(denoiser, data.prompts, task.prompts, words=words, seed=config.seed)
+    return TaskRun(task.name, data, prompts, words, start, seed=config.seed)
 
 
 def with_one_table(

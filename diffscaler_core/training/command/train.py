@@ -112,6 +112,8 @@ def _load(settings: RunSettings) -> _Job:
         console.print(f"skipped {line}", style="yellow", markup=False, highlight=False)
     parameters = sum(p.numel() for p in denoiser.model.parameters())
     for run in runs:
+        if settings.stream:  # nobody knows how many pictures there are
+            continue
         for line in before_training(settings.config, len(run.data), parameters):
             console.print(f"{run.name}: {line}", style="yellow", markup=False, highlight=False)
     folder = RunFolder(settings.folder, settings, main=main)
