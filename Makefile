@@ -6,7 +6,7 @@ demo: environment  ## show the pack at work in a real ComfyUI and in diffusers
 
 # `pytest`, never `python -m pytest`: the latter puts this folder on sys.path, where nodes/ shadows ComfyUI's nodes.py.
 test: environment  ## run the tests
-	.venv/bin/pytest
+	.venv/bin/pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: environment  ## check format, style and types
 	.venv/bin/ruff format --check .
