@@ -37,7 +37,7 @@ def train(folder: Path) -> tuple[Path, float]:
         [
             str(Path(sys.executable).with_name("diffscaler")), "train",
             "--base", "assets/pocket", "--data", str(PICTURES.relative_to(ROOT)),
-            "--out", str(out),
+            "--out", str(out), "--lr", "0.005",
         ],
         cwd=ROOT,
         check=True,
