@@ -44,7 +44,8 @@ def test_sigterm_leaves_a_checkpoint_and_exit_code_143(pictures, tmp_path):
 def test_only_the_main_process_of_a_launch_writes(pictures, words_file, tmp_path):
     script = tmp_path / "two.py"
     script.write_text(
-        "import sys\n"
+        "import os, sys\n"
+        "print('process', os.environ.get('RANK'), 'of', os.environ.get('WORLD_SIZE'))\n"
         f"sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
         "from bases import sd3_pipe\n"
         "from diffscaler_core.training import as_denoiser\n"
@@ -54,13 +55,24 @@ def test_only_the_main_process_of_a_launch_writes(pictures, words_file, tmp_path
         "app()\n"
     )
     out = tmp_path / "t.safetensors"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2]
-    command += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    command += [
+        "--num_processes",
+        2,
+        "--num_machines",
+        1,
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
     command += ["--main_process_port", 0, script, "train", "--base", tmp_path, "--data", pictures]
     command += ["--out", out, "--steps", 2, "--batch", 4, "--rank", 2, "--size", 16]
     command += ["--words", words_file, "--sample-steps", 2, "--device", "cpu"]
-    done = subprocess.run(list(map(str, command)), env=ENV, capture_output=True, text=True)
+    env = {**ENV, "ACCELERATE_USE_CPU": "true"}  # its own --cpu starts one process only
+    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert {f"process {rank} of 2" for rank in range(2)} <= set(done.stdout.splitlines())
     assert done.stderr.count("2 of 2 steps") == 1
     assert load_task(out).info["training"]["steps_done"] == 2
     assert [line["step"] for line in read_log(tmp_path / "t" / "log.jsonl")] == [1, 2]
