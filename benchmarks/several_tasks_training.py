@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, DiTTransformer2DModel
+from diffusers import DDIMScheduler
+from dit import base_model
 
 from diffscaler_core import TaskAdapter, load_task
 from diffscaler_core.pocket import load_pipeline
@@ -38,19 +39,8 @@ class Pipe:
     """What the trainer reads of a pipeline."""
 
     def __init__(self, device: str) -> None:
-        torch.manual_seed(0)
-        self.vae = None
-        self.scheduler = DDIMScheduler()
-        self.transformer = DiTTransformer2DModel(
-            num_attention_heads=6,
-            attention_head_dim=64,
-            in_channels=4,
-            out_channels=8,
-            num_layers=12,
-            sample_size=32,
-            patch_size=2,
-            num_embeds_ada_norm=1000,
-        ).to(device)
+        self.vae, self.scheduler = None, DDIMScheduler()
+        self.transformer = base_model(device)
 
 
 def base_of(name: str, device: str) -> tuple[Denoiser, tuple[int, int, int], TaskAdapter | None]:

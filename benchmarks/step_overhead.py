@@ -17,27 +17,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from diffusers import DiTTransformer2DModel
+from dit import base_model
 
 from diffscaler_core import Attachment, TaskAdapter, attach, new_task
 
 BATCH, RANK = 8, 8
-
-
-def base_model(device: str) -> DiTTransformer2DModel:
-    """Returns a frozen DiT-S/2 with random weights."""
-    torch.manual_seed(0)
-    model = DiTTransformer2DModel(
-        num_attention_heads=6,
-        attention_head_dim=64,
-        in_channels=4,
-        out_channels=8,
-        num_layers=12,
-        sample_size=32,
-        patch_size=2,
-        num_embeds_ada_norm=1000,
-    )
-    return model.to(device).eval().requires_grad_(False)
 
 
 def random_task(model: torch.nn.Module, method: str = "diffscaler", seed: int = 0) -> TaskAdapter:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from diffusers import DiTTransformer2DModel
+from dit import SIZES, base_model
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
@@ -27,8 +27,6 @@ from diffscaler_core import attach, new_task
 
 RANK = 16
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
-#: Blocks, heads, width of a head.
-SIZES = {"S": (12, 6, 64), "B": (12, 12, 64), "XL": (28, 16, 72)}
 
 
 @dataclass
@@ -50,26 +48,9 @@ class Variant:
             self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
 
 
-def base_model(size: str, device: str) -> DiTTransformer2DModel:
-    """Returns a frozen DiT with random weights."""
-    layers, heads, width = SIZES[size]
-    torch.manual_seed(0)
-    model = DiTTransformer2DModel(
-        num_attention_heads=heads,
-        attention_head_dim=width,
-        in_channels=4,
-        out_channels=8,
-        num_layers=layers,
-        sample_size=32,
-        patch_size=2,
-        num_embeds_ada_norm=1000,
-    )
-    return model.to(device).eval().requires_grad_(False)
-
-
 def ours(size: str, device: str, method: str, checkpointing: bool = False) -> Variant:
     """Returns a variant with one of our methods attached."""
-    model = base_model(size, device)
+    model = base_model(device, size)
     if checkpointing:
         model.enable_gradient_checkpointing()
     attachment = attach(model, new_task(model, method, RANK, targets=TARGETS)).to(device)
@@ -78,13 +59,13 @@ def ours(size: str, device: str, method: str, checkpointing: bool = False) -> Va
 
 def full(size: str, device: str) -> Variant:
     """Returns the variant that trains every parameter."""
-    model = base_model(size, device).requires_grad_(True)
+    model = base_model(device, size).requires_grad_(True)
     return Variant(model, list(model.parameters()))
 
 
 def peft_lora(size: str, device: str) -> Variant:
     """Returns PEFT's LoRA on the same layers."""
-    model = base_model(size, device)
+    model = base_model(device, size)
     layers = "|".join(name.replace(".", r"\.") for name in TARGETS)
     config = LoraConfig(r=RANK, target_modules=rf"transformer_blocks\..*({layers})")
     inject_adapter_in_model(config, model)
@@ -93,7 +74,7 @@ def peft_lora(size: str, device: str) -> Variant:
 
 
 VARIANTS: dict[str, Callable[[str, str], Variant]] = {
-    "frozen, forward only": lambda size, device: Variant(base_model(size, device), []),
+    "frozen, forward only": lambda size, device: Variant(base_model(device, size), []),
     "full fine-tuning": full,
     "bitfit": lambda size, device: ours(size, device, "bitfit"),
     "scale_shift": lambda size, device: ours(size, device, "scale_shift"),

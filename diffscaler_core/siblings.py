@@ -31,12 +31,10 @@ class Offer(NamedTuple):
 
     Attributes:
         down: (R, C_in).
-        floor: As in `Folded`.
         linear: As in `Folded`.
     """
 
     down: Tensor
-    floor: Tensor | None
     linear: bool
 
 
@@ -151,13 +149,13 @@ class _Products:
                 self._split(F.linear(own, down), offers)
 
     def _split(self, hidden: Tensor, offers: list[tuple[Member, Offer]]) -> None:
-        plain = [offer.floor is None and not offer.linear for _, offer in offers]
-        if all(plain):
-            hidden = activated(hidden, None, False)
+        alike = len({offer.linear for _, offer in offers}) == 1
+        if alike:
+            hidden = activated(hidden, None, offers[0][1].linear)
         parts = hidden.split([offer.down.shape[0] for _, offer in offers], dim=-1)
         for (member, offer), part in zip(offers, parts, strict=True):
-            if not all(plain):
-                part = activated(part, offer.floor, offer.linear)
+            if not alike:
+                part = activated(part, None, offer.linear)
             self.parts[id(member)] = (offer, _version(offer.down), part)
 
     def are_of(self, x: Tensor, device: torch.device, dtype: torch.dtype) -> bool:

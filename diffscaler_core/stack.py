@@ -168,7 +168,7 @@ class AffinerStack(nn.Module):
         down = affiner.down
         if not isinstance(down, nn.Parameter):  # none, or computed whenever it is read
             return None
-        return Offer(down, None, affiner.activation == "identity")
+        return Offer(down, affiner.activation == "identity")
 
     def scales(self) -> list[Tensor]:
         """Returns the tasks' scales on this layer."""

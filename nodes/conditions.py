@@ -54,6 +54,14 @@ def rows_of(conditioning: Sequence[Any]) -> list[Row]:
     return rows
 
 
+def encoded(clip: Any, texts: Sequence[str]) -> list[Row]:
+    """Returns texts as ComfyUI's text encoders tell them, one row each."""
+    with torch.no_grad():
+        return [
+            rows_of(clip.encode_from_tokens_scheduled(clip.tokenize(text)))[0] for text in texts
+        ]
+
+
 def _row(value: Any, i: int, count: int) -> Any:
     if not isinstance(value, Tensor):
         return value

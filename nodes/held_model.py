@@ -22,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
+from ..diffscaler_core.training.frozen import frozen
+
 _FORWARD = "forward"
 _RAW = "calculate_denoised"
 #: ComfyUI's look at the stop button, in every layer. Half a step cannot be saved, so while a task
@@ -95,7 +97,7 @@ def held(patcher: ModelPatcher, checkpointing: bool) -> Iterator[None]:
         undo.callback(patcher.cleanup)
         undo.enter_context(_overridden(comfy.ops, _EVERY_OP, lambda: None))
         undo.enter_context(_training_mode())
-        undo.enter_context(_frozen(base))
+        undo.enter_context(frozen(base))
         undo.enter_context(_overridden(base.model_sampling, _RAW, lambda _, output, x: output))
         if is_offloaded(patcher):
             for layer in _layers(base):
@@ -230,17 +232,3 @@ def _training_mode() -> Iterator[None]:
         yield
     finally:
         management.in_training = before
-
-
-@contextlib.contextmanager
-def _frozen(base: nn.Module) -> Iterator[None]:
-    wanted = [p for p in base.parameters() if p.requires_grad]
-    modes = [(module, module.training) for module in base.modules()]
-    base.requires_grad_(False).eval()
-    try:
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-        for module, mode in modes:
-            module.training = mode

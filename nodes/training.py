@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..diffscaler_core import DiffScalerError, TaskAdapter
 from ..diffscaler_core.training.denoiser import Condition, Denoiser, Encode
-from .conditions import arguments_of, prompts_of, rows_of
+from .conditions import arguments_of, encoded, prompts_of
 from .held_model import differentiably, held, load
 from .keymap import component_of, diffusers_model
 from .noise import noise_of
@@ -86,12 +86,7 @@ def denoiser_of(
 
 def encode_texts(clip: Any, texts: Sequence[str]) -> dict[str, Tensor]:
     """Returns the condition of some texts, one row each, by ComfyUI's text encoders."""
-    with torch.no_grad():
-        rows = [
-            row
-            for text in texts
-            for row in rows_of(clip.encode_from_tokens_scheduled(clip.tokenize(text)))
-        ]
+    rows = encoded(clip, texts)
     prompts = prompts_of(tuple(texts), rows, rows[0])
     return {name: getattr(prompts, name).detach() for name in prompts.fields}
 

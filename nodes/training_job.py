@@ -20,13 +20,13 @@ from torch import Tensor
 from ..diffscaler_core import DiffScalerError, TaskAdapter, save_task
 from ..diffscaler_core.training.conditioning import NULL, Prompts, prompts_for
 from ..diffscaler_core.training.config import TrainingConfig
-from ..diffscaler_core.training.data.batches import TrainingData
+from ..diffscaler_core.training.data.batches import TrainingData, with_one_table
 from ..diffscaler_core.training.denoiser import Denoiser
 from ..diffscaler_core.training.facts import plain_settings
 from ..diffscaler_core.training.loop import train_task
 from ..diffscaler_core.training.run_folder import RunFolder
 from ..diffscaler_core.training.settings import plain
-from .conditions import Row, empty_like, facts_of, prompts_of, repeats_tokens, rows_of
+from .conditions import Row, empty_like, encoded, facts_of, prompts_of, repeats_tokens, rows_of
 from .noise import noise_of
 from .training import base_key, denoiser_of
 from .training_data import NO_FOLDER, from_folder, from_images, from_latents
@@ -179,13 +179,14 @@ def _source(
     else:
         data = from_folder(denoiser, folder, size, config.name, options)
     validation = _validation(inputs, denoiser, config, data, size, options)
-    data, validation = _one_set_of_names(data, validation)
+    if validation is not None:
+        data, validation = with_one_table(data, validation)
     if not rows or given["folder"]:
         prompts = _texts(inputs, denoiser, config, data.prompts, told)
         return Source(data, prompts, validation)
     null = rows_of([entry for one in inputs.get("negative") or () for entry in one])
     if not null and inputs.get("clip") is not None:
-        null = _encoded(inputs["clip"], [NULL])
+        null = encoded(inputs["clip"], [NULL])
     shown = [unique[name] for name in data.prompts]
     told.update(facts_of(shown))
     empty = null[0] if null else empty_like(shown[0])
@@ -239,20 +240,6 @@ def _validation(
     return _latents(inputs["model"], inputs["validation_latents"], names)
 
 
-def _one_set_of_names(
-    data: TrainingData, validation: TrainingData | None
-) -> tuple[TrainingData, TrainingData | None]:
-    """Gives both the same list of prompts: the run's, then those that only validation has."""
-    if validation is None:
-        return data, None
-    names = tuple(dict.fromkeys([*data.prompts, *validation.prompts]))
-    index = torch.tensor([names.index(validation.prompts[i]) for i in validation.index.tolist()])
-    return (
-        dataclasses.replace(data, prompts=names),
-        dataclasses.replace(validation, prompts=names, index=index),
-    )
-
-
 def _texts(
     inputs: Inputs,
     denoiser: Denoiser,
@@ -273,16 +260,9 @@ def _texts(
         return prompts_for(
             denoiser, names, source, words=words, noise=config.prompt_noise, seed=config.seed
         )
-    rows = _encoded(clip, [NULL, *names])
+    rows = encoded(clip, [NULL, *names])
     told.update(facts_of(rows[1:]))
     return prompts_of(names, rows[1:], rows[0], repeats_tokens(denoiser.model, rows[0]))
-
-
-def _encoded(clip: Any, texts: Sequence[str]) -> list[Row]:
-    with torch.no_grad():
-        return [
-            rows_of(clip.encode_from_tokens_scheduled(clip.tokenize(text)))[0] for text in texts
-        ]
 
 
 def run_folder(inputs: Inputs, config: TrainingConfig, source: Source) -> tuple[RunFolder, str]:

@@ -256,7 +256,7 @@ class Engine:
                     rate=self.pace.rate,
                     seconds_left=self.pace.left(config.steps - step),
                     memory=memory_held(self.device),
-                    learning_rate=float(learner.optimizers[0].param_groups[0]["lr"]),
+                    learning_rate=learner.rate,
                     bands=tuple(learner.history.bands),
                     validation=validation,
                     samples=self.samples(learner) if sample else None,

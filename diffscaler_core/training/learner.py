@@ -194,12 +194,16 @@ class Learner:
         norm: Tensor = nn.utils.clip_grad_norm_(self.params, self.config.clip or math.inf)
         return norm
 
-    def set_rates(self, step: int) -> float:
-        """Sets the learning rates of step number `step`; returns the first."""
+    @property
+    def rate(self) -> float:
+        """The learning rate of the first group of parameters, now."""
+        return float(self.optimizers[0].param_groups[0]["lr"])
+
+    def set_rates(self, step: int) -> None:
+        """Sets the learning rates of step number `step`."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["full_lr"] * rate_at(step, self.config)
-        return float(self.optimizers[0].param_groups[0]["lr"])
 
     def clear(self) -> None:
         """Drops the gradients."""

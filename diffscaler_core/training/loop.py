@@ -176,15 +176,21 @@ def _prompts_of(
 
 
 def _fresh(denoiser: Denoiser, config: TrainingConfig, run: TaskRun) -> TaskAdapter:
+    seed = config.seed if run.seed is None else run.seed
+    return fresh_task(denoiser, replace(config, name=run.name, seed=seed))
+
+
+def fresh_task(denoiser: Denoiser, config: TrainingConfig) -> TaskAdapter:
+    """Returns the task that a run starts from; it changes nothing yet."""
     return new_task(
         denoiser.model if denoiser.shape_model is None else denoiser.shape_model,
         config.method,
         config.rank,
         config.targets,
-        run.name,
+        config.name,
         exclude=config.exclude,
         component=denoiser.component,
-        seed=config.seed if run.seed is None else run.seed,
+        seed=config.seed,
     )
 
 

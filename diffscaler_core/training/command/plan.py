@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ...families import FAMILIES
-from ...task import TaskAdapter, new_task
+from ...task import TaskAdapter
 from ..conditioning import Prompts
 from ..config import TrainingConfig
 from ..data.batches import Batches
 from ..denoiser import Denoiser
+from ..loop import fresh_task
 from ..progress import Progress
 
 #: Optimiser -> bytes it keeps per parameter beside the float32 parameter and its gradient.
@@ -135,20 +136,6 @@ def plan_task(
         optimizer_bytes=trained * per_parameter,
         activation_bytes=activation_bytes(denoiser, config, task, data, prompts) * own,
         device=str(denoiser.device),
-    )
-
-
-def fresh_task(denoiser: Denoiser, config: TrainingConfig) -> TaskAdapter:
-    """Returns the task that a run starts from: as many numbers, none trained yet."""
-    return new_task(
-        denoiser.model if denoiser.shape_model is None else denoiser.shape_model,
-        config.method,
-        config.rank,
-        config.targets,
-        config.name,
-        exclude=config.exclude,
-        component=denoiser.component,
-        seed=config.seed,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from ...files import load_task
 from ...task import TaskAdapter
 from ..bases.load import default_words
 from ..conditioning import prompts_for
+from ..data.batches import with_one_table
 from ..data.prepare import TrainingData, encode_folder
 from ..data.streaming import stream
 from ..denoiser import Denoiser
@@ -145,19 +145,6 @@ def _streamed(
     )
     prompts = prompts_for(denoiser, data.prompts, task.prompts, words=words, seed=config.seed)
     return TaskRun(task.name, data, prompts, words, start, seed=config.seed)
-
-
-def with_one_table(
-    data: TrainingData, validation: TrainingData
-) -> tuple[TrainingData, TrainingData]:
-    """Returns both with one list of prompts: the first's, then what only the second has."""
-    names = tuple(dict.fromkeys((*data.prompts, *validation.prompts)))
-    moved = [names.index(name) for name in validation.prompts]
-    index = validation.index.new_tensor(moved)[validation.index]
-    return (
-        dataclasses.replace(data, prompts=names),
-        dataclasses.replace(validation, prompts=names, index=index),
-    )
 
 
 def _refuse_untrained(data: TrainingData) -> None:

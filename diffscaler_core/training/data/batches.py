@@ -234,6 +234,19 @@ class TrainingData:
         return Batch(self.buckets[number][views, rows], self.index[rows + start], control)
 
 
+def with_one_table(
+    data: TrainingData, validation: TrainingData
+) -> tuple[TrainingData, TrainingData]:
+    """Returns both with one list of prompts: the first's, then what only the second has."""
+    names = tuple(dict.fromkeys((*data.prompts, *validation.prompts)))
+    moved = [names.index(name) for name in validation.prompts]
+    index = validation.index.new_tensor(moved)[validation.index]
+    return (
+        replace(data, prompts=names),
+        replace(validation, prompts=names, index=index),
+    )
+
+
 def _subset(latents: Latents, rows: Tensor) -> Latents:
     """Returns the latents of some pictures, all views."""
     if isinstance(latents, Tensor):
