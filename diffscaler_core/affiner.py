@@ -264,13 +264,34 @@ def apply_folded(
         geometry: The convolution's geometry, None for a Linear.
         row_repeats: With rows: how many consecutive leading entries of y belong to one row.
     """
+    return corrected(y, *_terms(x, y, folded, geometry, row_repeats))
+
+
+def delta_folded(
+    x: Tensor,
+    y: Tensor,
+    folded: Folded,
+    geometry: ConvGeometry | None = None,
+    row_repeats: int = 1,
+) -> Tensor:
+    """Returns Σ wₖ Δₖ(x, y) alone; arguments as in `apply_folded`."""
+    gain, correction = _terms(x, y, folded, geometry, row_repeats)
+    if gain is None:
+        return torch.zeros_like(y) if correction is None else correction.expand_as(y)
+    return y * gain if correction is None else torch.addcmul(correction, y, gain)
+
+
+def _terms(
+    x: Tensor, y: Tensor, folded: Folded, geometry: ConvGeometry | None, row_repeats: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Returns (gain, correction) of Δ = gain ⊙ y + correction, both to be broadcast to y."""
     rows = folded.mask is not None or (folded.offset is not None and folded.offset.ndim == 2)
     rows = rows or (folded.gain is not None and folded.gain.ndim == 2)
     correction = _correction(x, y, folded, geometry, row_repeats if rows else 0)
     gain = folded.gain
     if gain is not None:
         gain = _spread(gain, y, geometry, row_repeats if rows else 0)
-    return corrected(y, gain, correction)
+    return gain, correction
 
 
 def corrected(y: Tensor, gain: Tensor | None, correction: Tensor | None) -> Tensor:

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from .affiner import PARTS
 from .compiled import check_not_compiled, forget_compiled_code
+from .control import Control, ControlStack
 from .errors import DiffScalerError, MismatchError, unknown
-from .matching import build_stacks, match_layers
+from .matching import build_controls, build_stacks, match_embeddings, match_layers
 from .scales import ScaleWatch
 from .siblings import Siblings
 from .stack import AffinerStack
 from .targets import component_of
-from .task import TaskAdapter
+from .task import CONTROL, TaskAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -49,23 +50,43 @@ class _LayerHook:
         return out
 
 
+class _ControlHook:
+    """Adds the controls of one attachment to what the patch embedding gives; can be copied."""
+
+    def __init__(self, stack: ControlStack) -> None:
+        self.stack = stack
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+        # `forward`, as the module's own call would run this hook, and other tasks', once more
+        return self.stack(module.forward, y)  # type: ignore[no-any-return]
+
+
 class Attachment(nn.Module):
     """Tasks attached to one model, until `remove()`. A context manager, and the tasks' parameters.
 
     Made by `attach`. It holds the parameters (`parameters()` for an optimiser, `to(device)`), never
     the model.
 
+    A control task acts in those rows only that have a control (`set_controls`); the others run the
+    base and their other tasks, bit for bit.
+
     Attributes:
         names: Names of the tasks, in the order of weights and rows.
         stacks: One per adapted layer.
+        controls: One per patch embedding that control tasks see their pictures through.
     """
 
     def __init__(
-        self, tasks: Mapping[str, TaskAdapter], stacks: Mapping[str, AffinerStack], component: str
+        self,
+        tasks: Mapping[str, TaskAdapter],
+        stacks: Mapping[str, AffinerStack],
+        component: str,
+        controls: Mapping[str, ControlStack] | None = None,
     ) -> None:
         super().__init__()
         self.names = tuple(tasks)
         self.stacks = nn.ModuleList(stacks.values())
+        self.controls = nn.ModuleList((controls or {}).values())
         siblings, watch = Siblings(), ScaleWatch()
         for stack in stacks.values():
             stack.join(siblings, watch)
@@ -73,7 +94,11 @@ class Attachment(nn.Module):
         self._component = component
         self._weights = dict.fromkeys(self.names, _ONE)
         self._rows: Tensor | None = None
+        self._given: dict[str, Control] = {}
+        self._gated = True
+        self._grouped: tuple[str, ...] | None = None
         self._hooks: list[tuple[_LayerHook, AffinerStack, Any]] = []
+        self._control_handles: list[Any] = []
         self.requires_grad_(False)
 
     @property
@@ -116,11 +141,85 @@ class Attachment(nn.Module):
             DiffScalerError: A tensor of another shape, no row at all, or NaN or Inf.
         """
         self._rows = None if rows is None else self._row_weights(rows)
+        self._put_in_force()
+
+    def set_controls(self, controls: Mapping[str, Control] | None) -> None:
+        """Gives control tasks their pictures, in place of those they had; their strengths stay.
+
+        Args:
+            controls: Task -> control; tasks that are left out, and rows with the factor 0, run the
+                base. None: no task has a control.
+
+        Raises:
+            UnknownNameError: No such task is attached.
+            DiffScalerError: A task that takes no control, or rows that are not those in force.
+        """
+        given = dict(controls or {})
+        for name in given:
+            if not self._tasks[self._known(name)].is_control:
+                raise DiffScalerError(
+                    f"task {name!r} takes no control picture; control tasks here: "
+                    f"{', '.join(n for n, t in self._tasks.items() if t.is_control) or 'none'}"
+                )
+        before = self._given, self._gated
+        self._given, self._gated = given, True
+        try:
+            self._put_in_force()
+        except DiffScalerError:
+            self._given, self._gated = before
+            raise
+
+    def set_control(self, latents: Tensor | None, kept: Tensor | None = None) -> None:
+        """Gives all control tasks the same pictures, to train on; see `Trainable.set_control`."""
+        controls = {}
+        if latents is not None:
+            shared = Control(latents, kept)
+            controls = {name: shared for name, task in self._tasks.items() if task.is_control}
+        self._given = controls
+        if self._gated:
+            self._gated, grouped = False, self._grouped
+            self._put_in_force()
+            if grouped is not None:
+                self.set_groups(grouped)
+        self._give()
+
+    def _put_in_force(self) -> None:
+        """Tells the stacks the strengths of every task in every row, and the controls."""
+        self._grouped = None
         now = self._rows
         if now is None:
             now = torch.tensor([self._weights[name] for name in self.names])
-        for stack in self._stacks():
+        now = self._gate(now) if self._gated and len(self.controls) else now
+        for stack in self._all_stacks():
             stack.set_weights(now)
+        self._give()
+
+    def _gate(self, weights: Tensor) -> Tensor:
+        """Returns the strengths with 0 where a control task has no control."""
+        for slot, (name, task) in enumerate(self._tasks.items()):
+            if not task.is_control:
+                continue
+            given = self._given.get(name)
+            if given is None or not given.is_gated:
+                weights = weights.clone()
+                weights[..., slot, :] *= float(given is not None)
+                continue
+            factors = cast(Tensor, given.rows).to("cpu", torch.float32)
+            if weights.ndim == 3 and len(factors) not in (1, len(weights)):
+                raise DiffScalerError(
+                    f"the control of {name!r} is for {len(factors)} rows, but {len(weights)} rows "
+                    f"are set: give as many"
+                )
+            if weights.ndim == 2:
+                weights = weights.expand(len(factors), -1, -1)
+            weights = weights.clone()
+            weights[:, slot, :] *= factors[:, None]
+        return weights
+
+    def _give(self) -> None:
+        slots = {self.names.index(name): control for name, control in self._given.items()}
+        for stack in self._control_stacks():
+            stack.set_controls(slots)
 
     def set_groups(self, names: Sequence[str] | None) -> None:
         """Makes each of len(names) equal parts of the batch run one task alone, at strength 1.
@@ -141,19 +240,20 @@ class Attachment(nn.Module):
         if not names:
             raise DiffScalerError("groups must name at least one task")
         slots = [self.names.index(self._known(name)) for name in names]
-        for stack in self._stacks():
+        for stack in self._all_stacks():
             stack.set_groups(slots)
+        self._grouped = tuple(names)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        """Returns a task's parameters, "<component>.<module>.<part>" -> parameter.
+        """Returns a task's parameters by their names in its file -> parameter.
 
         Raises:
             UnknownNameError: No such task is attached.
         """
         slot = self.names.index(self._known(name))
         return {
-            f"{self._component}.{stack.name}.{part}": cast(nn.Parameter, parameter)
-            for stack in self._stacks()
+            f"{_prefix(stack)}{self._component}.{stack.name}.{part}": cast(nn.Parameter, parameter)
+            for stack in self._all_stacks()
             if slot in stack.slots
             for part, parameter in stack.affiner_of(slot).tensors().items()
         }
@@ -163,7 +263,7 @@ class Attachment(nn.Module):
 
         Training changes copies: the attached task stays as it is, `task()` returns the new one.
         """
-        for stack in self._stacks():
+        for stack in self._all_stacks():
             stack.unsettle()  # what was folded before the training is out of date after it
         for parameter in self.parameters() if requires_grad else ():
             parameter.data = parameter.data.clone()
@@ -182,7 +282,11 @@ class Attachment(nn.Module):
                     k: v.detach().to("cpu", copy=True) for k, v in own.items()
                 }
         ordered = {n: layers[n] for n in self._tasks[name].layers if n in layers}
-        return self._tasks[name].replace(layers=ordered)
+        now = {n: p for n, p in self.parameters_of(name).items() if n.startswith(CONTROL)}
+        extras = {
+            n: now[n].detach().to("cpu", copy=True) for n in self._tasks[name].extras if n in now
+        }
+        return self._tasks[name].replace(layers=ordered, extras=extras)
 
     def remove(self) -> None:
         """Takes the tasks off; the model is bit for bit what it was. In any order; idempotent."""
@@ -190,9 +294,12 @@ class Attachment(nn.Module):
             hook.stacks.remove(stack)
             if not hook.stacks:
                 handle.remove()
-        if self._hooks:
+        for handle in self._control_handles:
+            handle.remove()
+        if self._hooks or self._control_handles:
             forget_compiled_code()
         self._hooks.clear()
+        self._control_handles.clear()
 
     def __enter__(self) -> Attachment:
         return self
@@ -202,6 +309,12 @@ class Attachment(nn.Module):
 
     def _stacks(self) -> list[AffinerStack]:
         return [cast(AffinerStack, stack) for stack in self.stacks]
+
+    def _all_stacks(self) -> list[AffinerStack | ControlStack]:
+        return [*self._stacks(), *self._control_stacks()]
+
+    def _control_stacks(self) -> list[ControlStack]:
+        return [cast(ControlStack, stack) for stack in self.controls]
 
     def _known(self, name: str) -> str:
         if name not in self.names:
@@ -261,14 +374,20 @@ def attach(
     component = component or _component_for(model, tasks)
     model = check_not_compiled(model, compiled)
     layers = {name: task.component_layers(component) for name, task in tasks.items()}
-    _check_component(tasks, layers, component)
+    controls = {name: task.control_layers(component) for name, task in tasks.items()}
+    _check_component(tasks, {n: (layers[n], controls[n]) for n in tasks}, component)
     modules = match_layers(model, tasks, layers)
+    embeddings = match_embeddings(model, tasks, controls)
     stacks = build_stacks(tasks, layers, modules, type(model).__name__)
-    attachment = Attachment(tasks, stacks, component)
+    added = build_controls(tasks, controls, embeddings, type(model).__name__)
+    attachment = Attachment(tasks, stacks, component, added)
     with ExitStack() as undo:
         undo.callback(attachment.remove)
         for name, stack in stacks.items():
             attachment._hooks.append(_hook(modules[name], stack))
+        for name, control in added.items():
+            handle = embeddings[name].register_forward_hook(_ControlHook(control))
+            attachment._control_handles.append(handle)
         attachment.set_weights(1.0 if weights is None else weights)
         _settle(stacks, modules)
         undo.pop_all()
@@ -278,6 +397,10 @@ def attach(
 
 _ONE = (1.0,) * len(PARTS)
 _PLAIN_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _prefix(stack: AffinerStack | ControlStack) -> str:
+    return CONTROL if isinstance(stack, ControlStack) else ""
 
 
 def _per_part(weight: Weight) -> tuple[float, ...]:
@@ -336,10 +459,12 @@ def _settle(stacks: Mapping[str, AffinerStack], modules: Mapping[str, nn.Module]
 
 
 def _check_component(
-    tasks: Mapping[str, TaskAdapter], layers: Mapping[str, Mapping[str, Any]], component: str
+    tasks: Mapping[str, TaskAdapter],
+    layers: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]],
+    component: str,
 ) -> None:
     there = dict.fromkeys(c for task in tasks.values() for c in task.components)
-    if there and not any(layers.values()):
+    if there and not any(own or control for own, control in layers.values()):
         raise MismatchError(
             f"the tasks {list(tasks)} adapt {', '.join(there)}, none of them {component!r}"
         )

@@ -8,8 +8,21 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .errors import unknown
+
+
+class TokenForm(NamedTuple):
+    """How a patch embedding sees latents.
+
+    Attributes:
+        kind: `Family.tokens`.
+        order: `Family.patch_order`.
+    """
+
+    kind: str = "nchw"
+    order: str = "cpq"
 
 
 @dataclass(frozen=True)
@@ -23,7 +36,10 @@ class Family:
         embed: Path of the patch embedding (its output receives control tokens).
         tokens: What that layer sees: "nchw" latents, "ncfhw" video latents, "packed2" (2×2 latents
             packed to a token by the pipeline), "patchified" (cut into patches by the model itself),
-            "packed" (one latent a token), "list" (a list of samples, tokens one after the other).
+            "packed" (one latent a token), "packed_frames" (the same of a video, frame after frame),
+            "list" (a list of samples, tokens one after the other).
+        patch_order: How a patch's numbers lie in a token: "cpq" channel, row, column; "pqc" row,
+            column, channel.
         objective: "flow" (noise − data), "flow_reversed" (data − noise), "epsilon" or "v".
         learned_sigma: True: the output's second half of channels is a variance; train on the first.
         timestep_scale: What the model's timestep is at full noise (1000 or 1).
@@ -39,6 +55,7 @@ class Family:
     classes: tuple[str, ...]
     embed: str
     tokens: str = "nchw"
+    patch_order: str = "cpq"
     objective: str = "flow"
     learned_sigma: bool = False
     timestep_scale: float = 1000.0
@@ -107,6 +124,7 @@ _ROWS = (
         ("Lumina2Transformer2DModel",),
         "x_embedder",
         tokens="patchified",
+        patch_order="pqc",
         objective="flow_reversed",
         timestep_scale=1.0,
         guidance="two_calls",
@@ -118,6 +136,7 @@ _ROWS = (
         ("ZImageTransformer2DModel",),
         "all_x_embedder.2-1",
         tokens="list",
+        patch_order="pqc",
         objective="flow_reversed",
         timestep_scale=1.0,
         guidance="cond_first",
@@ -185,7 +204,7 @@ _ROWS = (
         "LTX-Video",
         ("LTXVideoTransformer3DModel",),
         "proj_in",
-        tokens="packed",
+        tokens="packed_frames",
         modelspec="ltx-video",
     ),
     Family(
@@ -213,6 +232,7 @@ _ROWS = (
         ("HiDreamImageTransformer2DModel",),
         "x_embedder.proj",
         tokens="patchified",
+        patch_order="pqc",
         modelspec="hidream-i1",
     ),
     Family(
@@ -246,6 +266,14 @@ def family_of(class_name: str) -> Family:
         if class_name in family.classes:
             return family
     raise unknown("denoiser class", class_name, [c for f in _ROWS for c in f.classes])
+
+
+def token_form(class_name: str) -> TokenForm | None:
+    """Returns how the patch embedding of a denoiser class sees latents; None if nobody knows."""
+    for family in _ROWS:
+        if class_name in family.classes:
+            return TokenForm(family.tokens, family.patch_order)
+    return None
 
 
 def row_layout(class_name: str, target: str) -> str:

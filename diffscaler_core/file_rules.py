@@ -60,6 +60,7 @@ def check_config(
             f"{file!r} says it has {config['layers']} layers but holds {count}; download it again"
         )
     _check_prompts(file, config.get("prompts", ()), shapes)
+    _check_control(file, config.get("control"), grouped(shapes, "control."))
 
 
 def _check_prompts(
@@ -74,6 +75,32 @@ def _check_prompts(
         raise TaskFileError(f"{file!r} names prompts by something that is not text")
     if not counts and not grouped(shapes):
         raise TaskFileError(f"{file!r} is empty: no layer and no stored prompt")
+
+
+def _check_control(
+    file: str, facts: Any, layers: Mapping[str, Mapping[str, tuple[int, ...]]]
+) -> None:
+    """Checks that a control task says what it is, and that no other does."""
+    if bool(facts) != bool(layers):
+        raise TaskFileError(
+            f"{file!r} {'says it takes a control' if facts else 'says nothing of a control'}, but "
+            f"holds {len(layers)} control affiners; download it again"
+        )
+    if not facts:
+        return
+    if not isinstance(facts, Mapping) or not isinstance(facts.get("kind", ""), str):
+        raise TaskFileError(f"{file!r}: config entry 'control' must not be {shown(facts)}")
+    if facts.get("activation", "relu") not in ACTIVATIONS:
+        raise TaskFileError(
+            f"{file!r}: the control's activation {shown(facts['activation'])}; "
+            f"known: {', '.join(ACTIVATIONS)}"
+        )
+    gain = facts.get("gain", 1.0)
+    if isinstance(gain, bool) or not isinstance(gain, (int, float)) or not math.isfinite(gain):
+        raise TaskFileError(f"{file!r}: the control's gain must not be {shown(gain)}")
+    components = [name.split(".")[1] for name in layers]
+    if len(set(components)) < len(components):
+        raise TaskFileError(f"{file!r} has two control affiners for one model; a task has one")
 
 
 def check_entries(file: str, entries: Mapping[str, Any]) -> None:
@@ -108,15 +135,15 @@ def _is_ours(name: str) -> bool:
     head, _, rest = name.partition(".")
     if head in COMPONENTS:
         return "." in rest and name.rpartition(".")[2] in TENSORS
-    return name in ("conditioning.context", "conditioning.pooled") or (
-        head in EXTRAS and bool(rest)
-    )
+    if head in EXTRAS:
+        return rest.partition(".")[0] in COMPONENTS and _is_ours(rest)
+    return name in ("conditioning.context", "conditioning.pooled")
 
 
 def check_layers(file: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Checks that each layer's tensors fit each other, collecting what does not."""
     problems = []
-    for layer, own in grouped(shapes).items():
+    for layer, own in (grouped(shapes) | grouped(shapes, "control.")).items():
         widths = {shape[:1] for name, shape in own.items() if name != "down"}
         down, up = own.get("down"), own.get("up")
         ndims = {"scale": 1, "shift": 1, "up": 2}
@@ -170,11 +197,16 @@ def _dtype_name(tensor: Any) -> str:
     return names.get(dtype, str(dtype))
 
 
-def grouped(tensors: Mapping[str, AnyValue]) -> dict[str, dict[str, AnyValue]]:
-    """Returns what belongs to layers: layer -> part -> value."""
+def grouped(tensors: Mapping[str, AnyValue], prefix: str = "") -> dict[str, dict[str, AnyValue]]:
+    """Returns what belongs to layers: layer -> part -> value.
+
+    Args:
+        tensors: Name -> value.
+        prefix: "" or "control.", for the control affiners.
+    """
     layers: dict[str, dict[str, AnyValue]] = {}
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
-        if name.partition(".")[0] in COMPONENTS:
+        if name.startswith(prefix) and name[len(prefix) :].partition(".")[0] in COMPONENTS:
             layers.setdefault(layer, {})[part] = tensor
     return layers

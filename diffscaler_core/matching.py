@@ -8,11 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from .affiner import affiner_from
+from .control import ControlStack
 from .errors import DiffScalerError, MismatchError, first_names
-from .families import row_layout
+from .families import TokenForm, row_layout, token_form
 from .stack import AffinerStack
 from .targets import as_target, bias_of, geometry_of, resolve
 from .task import TaskAdapter
+from .tokens import Embedding
 
 #: Layers that diffusers' `fuse_qkv_projections` takes out of use.
 QKV = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
@@ -81,6 +83,52 @@ def build_stacks(
             row_layout(class_name, layer),
         )
     return stacks
+
+
+def match_embeddings(
+    model: nn.Module,
+    tasks: Mapping[str, TaskAdapter],
+    layers: Mapping[str, Mapping[str, Mapping[str, Tensor]]],
+) -> dict[str, nn.Module]:
+    """Returns the patch embedding of every control task, or raises one error with all misfits."""
+    return match_layers(model, tasks, {name: own for name, own in layers.items() if own})
+
+
+def build_controls(
+    tasks: Mapping[str, TaskAdapter],
+    layers: Mapping[str, Mapping[str, Mapping[str, Tensor]]],
+    modules: Mapping[str, nn.Module],
+    class_name: str = "",
+) -> dict[str, ControlStack]:
+    """Returns one stack per patch embedding, with the control affiner of every task that has one.
+
+    Args:
+        tasks: All tasks attached.
+        layers: Task -> embedding -> tensors of its control affiner.
+        modules: Embedding -> module.
+        class_name: The model's, for how its tokens lie.
+    """
+    names = list(tasks)
+    stacks: dict[str, ControlStack] = {}
+    for layer, module in modules.items():
+        here = [name for name in names if layer in layers.get(name, {})]
+        stacks[layer] = ControlStack(
+            embedding_at(layer, module, token_form(class_name)),
+            [affiner_from(layers[name][layer], tasks[name].control_facts) for name in here],
+            [names.index(name) for name in here],
+            bias_of(layer, module),
+            geometry_of(module),
+        )
+    return stacks
+
+
+def embedding_at(name: str, module: Any, form: TokenForm | None) -> Embedding:
+    """Returns what there is to know of a patch embedding; for an unknown family by its layer."""
+    geometry, target = geometry_of(module), as_target(name, module)
+    assert target is not None  # it has been matched
+    if form is None:
+        form = TokenForm("nchw" if geometry is not None else "patchified")
+    return Embedding(name, target.in_features, () if geometry is None else geometry.stride, form)
 
 
 def _is_fused(model: nn.Module, name: str) -> bool:

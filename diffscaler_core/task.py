@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -11,13 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .affiner import init_affiner
+from .affiner import ACTIVATIONS, init_affiner
 from .errors import DiffScalerError, UnknownNameError, unknown
 from .families import family_of
 from .methods import METHODS
-from .targets import Target, component_of, find_targets, pattern_value
+from .targets import Target, as_target, component_of, find_targets, pattern_value, resolve
 
 Layers = Mapping[str, Mapping[str, Tensor]]
+
+#: Before the names of a control affiner's tensors.
+CONTROL = "control."
+#: How a control affiner starts: "affiner" sees the frozen embedding through a gain and a subspace;
+#: "copy" is a trainable copy of the embedding that starts from zero.
+CONTROL_EMBEDDINGS = ("affiner", "copy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +39,8 @@ class TaskAdapter:
         conditioning: Stored prompts, so that the task runs without a text encoder: "context"
             (N, L, D) and, where the family has one, "pooled" (N, P); `info["prompts"]` names the N.
         modelspec: Stability ModelSpec entries without their prefix (title, author, thumbnail, …).
-        extras: Further tensors under the file's reserved prefixes (`control.…`).
+        extras: The control affiner of a control task, "control.<component>.<embedding>.<part>"; the
+            embedding is the base's own (see `control.py`).
     """
 
     layers: Layers
@@ -67,8 +75,9 @@ class TaskAdapter:
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers the affiners hold (stored prompts not counted)."""
-        return sum(t.numel() for layer in self.layers.values() for t in layer.values())
+        """How many numbers the affiners hold, a control affiner included (stored prompts not)."""
+        layered = [t for layer in self.layers.values() for t in layer.values()]
+        return sum(t.numel() for t in (*layered, *self.extras.values()))
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +87,13 @@ class TaskAdapter:
     @property
     def components(self) -> tuple[str, ...]:
         """The pipeline components the task adapts, such as ("transformer",)."""
-        return tuple(dict.fromkeys(name.partition(".")[0] for name in self.layers))
+        names = (*self.layers, *(name.removeprefix(CONTROL) for name in self.extras))
+        return tuple(dict.fromkeys(name.partition(".")[0] for name in names))
+
+    @property
+    def is_control(self) -> bool:
+        """Says whether the task is given a control picture."""
+        return bool(self.extras)
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -89,6 +104,22 @@ class TaskAdapter:
         """Returns the layers of one component, under their module names."""
         prefix = component + "."
         return {n[len(prefix) :]: t for n, t in self.layers.items() if n.startswith(prefix)}
+
+    def control_layers(self, component: str) -> Layers:
+        """Returns the control affiner of one component, under its embedding's module name."""
+        prefix = f"{CONTROL}{component}."
+        layers: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in self.extras.items():
+            if name.startswith(prefix):
+                layer, _, part = name[len(prefix) :].rpartition(".")
+                layers.setdefault(layer, {})[part] = tensor
+        return layers
+
+    @property
+    def control_facts(self) -> dict[str, Any]:
+        """How the control affiner computes: {"activation", "gain"}."""
+        facts = self.info.get("control") or {}
+        return {name: facts[name] for name in ("activation", "gain") if name in facts}
 
     def prompt(self, name: str | None = None) -> tuple[Tensor, Tensor | None]:
         """Returns one stored prompt as (context (1, L, D), pooled (1, P) or None).
@@ -129,6 +160,10 @@ def new_task(
     rank_pattern: Mapping[str, int] | None = None,
     gain: float = 1.0,
     component: str | None = None,
+    control: str | None = None,
+    control_rank: int | None = None,
+    control_activation: str = "identity",
+    control_embedding: str = "affiner",
     seed: int = 0,
 ) -> TaskAdapter:
     """Returns a task that changes nothing yet: attach it, train it, save it.
@@ -143,10 +178,16 @@ def new_task(
         rank_pattern: Other ranks for some targets: {pattern: rank}; rank 0 leaves the subspace out.
         gain: s, the subspace's stored constant.
         component: "transformer", "unet", …; default by the model's class.
+        control: What its control pictures show ("edges", "depth", …, in your own words); None: the
+            task takes no control.
+        control_rank: R of the control affiner; None: as many as a patch has numbers, where it can
+            express any linear map of the control's patch.
+        control_activation: Of its subspace, a name in ACTIVATIONS.
+        control_embedding: A name in CONTROL_EMBEDDINGS.
         seed: Seed of the random D.
 
     Raises:
-        UnknownNameError: No such method.
+        UnknownNameError: No such method, or a model whose patch embedding nobody knows.
         DiffScalerError: No layer matches, a rank is not positive, or a pattern of `rank_pattern`
             matches nothing.
     """
@@ -154,6 +195,8 @@ def new_task(
         raise unknown("method", method, METHODS)
     if rank < 1:
         raise DiffScalerError(f"rank must be at least 1, got {rank}")
+    if control_activation not in ACTIVATIONS:
+        raise unknown("activation", control_activation, ACTIVATIONS)
     chosen = METHODS[method]
     component = component or component_of(model)
     found = find_targets(model, targets, exclude=exclude) if chosen.parts else ()
@@ -190,7 +233,63 @@ def new_task(
         "base": base_facts(model, [t for t in found if f"{component}.{t.name}" in layers]),
         "naming": "diffusers",
     }
-    return TaskAdapter(layers, info)
+    extras: dict[str, Tensor] = {}
+    if control is not None:
+        target = embedding_of(model)
+        tensors = _control_affiner(
+            target, control_embedding, control_rank, _generator(seed, f"{CONTROL}{target.name}")
+        )
+        extras = {f"{CONTROL}{component}.{target.name}.{p}": t for p, t in tensors.items()}
+        info["control"] = {
+            "kind": control,
+            "embedding": control_embedding,
+            "activation": "identity" if control_embedding == "copy" else control_activation,
+            "gain": 1.0,
+            "rank": len(tensors["down"]),
+        }
+    return TaskAdapter(layers, info, extras=extras)
+
+
+def embedding_of(model: nn.Module) -> Target:
+    """Returns the patch embedding of a denoiser, by the families' table.
+
+    Raises:
+        UnknownNameError: No family has a denoiser of that class.
+        DiffScalerError: The model has no such layer.
+    """
+    family = family_of(type(model).__name__)
+    module = resolve(model, family.embed)
+    target = None if module is None else as_target(family.embed, module)
+    if target is None:
+        raise DiffScalerError(
+            f"this {type(model).__name__} has no layer {family.embed!r} to embed a control with"
+        )
+    return target
+
+
+def _control_affiner(
+    target: Target, embedding: str, rank: int | None, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Returns the tensors of a fresh control affiner, which adds nothing."""
+    if embedding not in CONTROL_EMBEDDINGS:
+        raise unknown("control embedding", embedding, CONTROL_EMBEDDINGS)
+    size = math.prod((target.in_features, *target.kernel))
+    if rank is not None and rank < 1:
+        raise DiffScalerError(f"control_rank must be at least 1, got {rank}")
+    with torch.inference_mode(False):
+        if embedding == "affiner":
+            rank = min(size if rank is None else rank, size, 2 * target.out_features)
+            return init_affiner(
+                ("scale", "shift", "subspace"),
+                target.out_features,
+                target.in_features,
+                target.kernel,
+                rank,
+                generator,
+            )
+        # D shows U each number of a patch by itself, so U is a whole embedding matrix
+        every = torch.eye(size).view(size, target.in_features, *target.kernel)
+        return {"down": every, "up": torch.zeros(target.out_features, size)}
 
 
 def _generator(seed: int, layer: str) -> torch.Generator:

@@ -15,6 +15,7 @@ import functools
 import random
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -120,15 +121,36 @@ def _shape(word: str) -> Image.Image:
     return image
 
 
-def _pose(word: str, rng: random.Random, font: str | None) -> Floats:
-    """The subject shifted, scaled and turned a little: (SIZE, SIZE, 4) in 0..1, not premultiplied.
+@dataclass(frozen=True)
+class Poses:
+    """How a subject may stand.
+
+    Attributes:
+        angle: Largest turn, degrees.
+        scale: Least and largest share of the picture's side.
+        shift: Largest shift, pixels.
+    """
+
+    angle: float
+    scale: tuple[float, float]
+    shift: float
+
+
+#: Near the middle and large, as the base draws by itself; and anywhere, as only a control can ask.
+NEAR, ANYWHERE = Poses(8, (0.74, 0.84), 5), Poses(30, (0.45, 0.80), 30)
+
+
+def _pose(word: str, rng: random.Random, font: str | None, poses: Poses = NEAR) -> Floats:
+    """The subject shifted, scaled and turned: (SIZE, SIZE, 4) in 0..1, not premultiplied.
 
     The affine map is applied in one resampling step (bicubic on premultiplied colour), so that
     edges stay crisp and carry no dark fringe.
     """
-    angle = np.deg2rad(rng.uniform(-8, 8))
-    scale = 120 / (SIZE * rng.uniform(0.74, 0.84))  # source pixels for one target pixel
-    shift_x, shift_y = rng.uniform(-5, 5), rng.uniform(-5, 5)
+    angle = np.deg2rad(rng.uniform(-poses.angle, poses.angle))
+    share = rng.uniform(*poses.scale)
+    scale = 120 / (SIZE * share)  # source pixels for one target pixel
+    reach = min(poses.shift, SIZE * (0.94 - share) / 2)  # the subject stays in the picture
+    shift_x, shift_y = rng.uniform(-reach, reach), rng.uniform(-reach, reach)
     mirror = -1.0 if word in FLIPPABLE and rng.random() < 0.5 else 1.0
     cos, sin = np.cos(angle) * scale, np.sin(angle) * scale
     centre_x, centre_y = SIZE / 2 + shift_x, SIZE / 2 + shift_y
@@ -161,12 +183,24 @@ def _background(rng: random.Random) -> Floats:
 
 
 def draw(
-    word: str, style: str = "plain", *, seed: int = 0, index: int = 0, font: str | None = None
+    word: str,
+    style: str = "plain",
+    *,
+    seed: int = 0,
+    index: int = 0,
+    font: str | None = None,
+    poses: Poses = NEAR,
 ) -> Image.Image:
-    """One picture, RGB SIZE x SIZE, fixed by its arguments."""
+    """One picture, RGB SIZE x SIZE, fixed by its arguments.
+
+    With one word, seed, index and poses every style shows the subject in the same place: the style
+    "silhouette" is the mask of the others.
+    """
     rng = random.Random(f"{seed}/{word}/{index}")
-    pixels = _pose(word, rng, font)
-    if style == "plain":
+    pixels = _pose(word, rng, font, poses)
+    if style == "silhouette":
+        image = np.repeat(pixels[..., 3:], 3, axis=-1)
+    elif style == "plain":
         alpha = pixels[..., 3:]
         image = pixels[..., :3] * alpha + _background(rng) * (1 - alpha)
     elif style in PAINTERS:
@@ -177,12 +211,17 @@ def draw(
 
 
 def draw_arrays(
-    words: Sequence[str], style: str, per_word: int, seed: int, font: str | None = None
+    words: Sequence[str],
+    style: str,
+    per_word: int,
+    seed: int,
+    font: str | None = None,
+    poses: Poses = NEAR,
 ) -> NDArray[np.uint8]:
     """Many pictures, word by word: (len(words) * per_word, SIZE, SIZE, 3) uint8."""
     return np.stack(
         [
-            np.asarray(draw(word, style, seed=seed, index=index, font=font))
+            np.asarray(draw(word, style, seed=seed, index=index, font=font, poses=poses))
             for word in words
             for index in range(per_word)
         ]

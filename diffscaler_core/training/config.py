@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from ..affiner import ACTIVATIONS
 from ..errors import DiffScalerError, unknown
 from ..methods import METHODS
+from ..task import CONTROL_EMBEDDINGS
 
 SCHEDULES = ("cosine", "linear", "constant", "cosine_restarts")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -63,6 +65,14 @@ class TrainingConfig:
         prior_weight: Weight of the prior pictures' loss, if there are any.
         prior_share: Share of each batch that prior pictures take.
 
+    Control (see `control.py`):
+        control: What the control pictures show ("edges", …); "": the task takes none.
+        control_rank: R of the control affiner; 0: as many as a patch has numbers.
+        control_activation: Of its subspace.
+        control_embedding: A name in `task.CONTROL_EMBEDDINGS`.
+        control_drop: Share of control pictures left out, so that the task does well without.
+        lr_control: Learning rate of the control affiner.
+
     What is looked at on the way:
         validate_every: Steps between validations; 0: only at the end (if there is data for it).
         validation_share: Share of the pictures kept from training for validation.
@@ -118,6 +128,13 @@ class TrainingConfig:
     prior_weight: float = 1.0
     prior_share: float = 0.5
 
+    control: str = ""
+    control_rank: int = 0
+    control_activation: str = "identity"
+    control_embedding: str = "affiner"
+    control_drop: float = 0.1
+    lr_control: float = 3e-3
+
     validate_every: int = 0
     validation_share: float = 0.0
     validation_times: int = 8
@@ -143,7 +160,7 @@ class TrainingConfig:
                 raise DiffScalerError(f"{field} must be a number, got {value!r}")
             if not low <= value <= high:
                 raise DiffScalerError(f"{field} must be {_between(low, high)}, got {value}")
-        for field in ("lr", "lr_scale_shift", "lr_prompts", "timestep_std", "timestep_shift"):
+        for field in POSITIVE:
             if not getattr(self, field) > 0:
                 raise DiffScalerError(f"{field} must be above 0, got {getattr(self, field)}")
         if self.batch % self.accumulate:
@@ -153,6 +170,8 @@ class TrainingConfig:
 
 
 _MUCH = float("inf")
+#: Settings that must be above 0.
+POSITIVE = ("lr", "lr_scale_shift", "lr_prompts", "lr_control", "timestep_std", "timestep_shift")
 #: Setting -> the names it may have.
 CHOICES: dict[str, Collection[str]] = {
     "method": METHODS,
@@ -163,6 +182,8 @@ CHOICES: dict[str, Collection[str]] = {
     "weighting": WEIGHTINGS,
     "prompts": PROMPT_SOURCES,
     "perturb": PERTURBATIONS,
+    "control_activation": ACTIVATIONS,
+    "control_embedding": CONTROL_EMBEDDINGS,
 }
 #: Setting -> (smallest, largest).
 LIMITS: dict[str, tuple[float, float]] = {
@@ -188,6 +209,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "validation_share": (0, 0.9),
     "guidance": (0, _MUCH),
     "drop": (0, 1),
+    "control_rank": (0, _MUCH),
+    "control_drop": (0, 0.9),
     "ema": (0, 1),
     "beta1": (0, 1),
     "beta2": (0, 1),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -19,7 +19,8 @@ from ..task import TaskAdapter
 from .frozen import frozen
 from .objective import Objective
 
-#: Tensors of one batch: "context" (B, L, D), "mask" (B, L), "pooled" (B, P), "label" (B,).
+#: Tensors of one batch: "context" (B, L, D), "mask" (B, L), "pooled" (B, P), "label" (B,); for
+#: control tasks also "control" (B, C, h, w), and "control_kept" (B,), 0 where it is left out.
 Condition = Mapping[str, Tensor]
 Predict = Callable[[Tensor, Tensor, Condition], Tensor]
 #: Pixels (B, 3, H, W) in −1..1 -> latents (B, C, h, w), or back.
@@ -45,6 +46,18 @@ class Trainable(Protocol):
         Args:
             names: The batch is made of len(names) groups of equal size, one after the other; group
                 i runs the task names[i] alone. None: every row runs all tasks.
+        """
+        ...
+
+    def set_control(self, latents: Tensor | None, kept: Tensor | None = None) -> None:
+        """Gives the control tasks among them the next batch's control pictures.
+
+        Their affiners in the blocks run in every row, also where there is no control: so a task
+        learns to do well without one too.
+
+        Args:
+            latents: (B, C, h, w), in the model's own latent space; None: no row has a control.
+            kept: Factor per row, (B,), 0 where the control is left out; None: all 1.
         """
         ...
 
@@ -110,6 +123,21 @@ class Denoiser:
     text_key: str | None = None
     runs_on: torch.device | None = None
     guided: bool = True
+    _worn: list[Trainable] = field(default_factory=list, init=False, repr=False)
+
+    def __call__(self, x_t: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        """Returns the model's raw output, with the tasks that are attached now (see `attached`).
+
+        Args:
+            x_t: (B, C, …).
+            timestep: (B,).
+            condition: What the model is told, and the control tasks' pictures.
+        """
+        told = dict(condition)
+        control, kept = told.pop("control", None), told.pop("control_kept", None)
+        for trainable in self._worn:
+            trainable.set_control(control, kept)
+        return self.predict(x_t, timestep, told)
 
     @property
     def device(self) -> torch.device:
@@ -130,9 +158,11 @@ class Denoiser:
     def attached(self, tasks: Mapping[str, TaskAdapter]) -> Iterator[Trainable]:
         """Puts tasks on the model for as long as the context lasts."""
         trainable = self.attach(tasks)
+        self._worn.append(trainable)
         try:
             yield trainable
         finally:
+            self._worn.remove(trainable)
             trainable.remove()
 
     def autocast(self, precision: str) -> torch.autocast:

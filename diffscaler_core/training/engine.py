@@ -27,7 +27,7 @@ from .launch import Launch
 from .learner import Drawn, Learner
 from .meters import Pace, memory_held
 from .objective import band_means
-from .preview import sample_prompts
+from .preview import sample_controls, sample_prompts
 from .progress import OnStep, Progress
 from .run_folder import RunFolder
 from .signals import stop_requests
@@ -110,7 +110,7 @@ class Engine:
         drawn = learner.draw(self.step).rows(slice(0, 1), self.device)
         timestep, x_t = self.denoiser.objective.noisy(drawn.x0, drawn.noise, drawn.t)
         with self.denoiser.autocast(self.config.precision), self._alone(learner):
-            self.denoiser.predict(x_t, timestep, learner.condition(drawn))
+            self.denoiser(x_t, timestep, learner.condition(drawn))
 
     def train(self, on_step: OnStep | None) -> dict[str, TaskAdapter]:
         """Runs to the end, or to an early one; returns the tasks as they are then."""
@@ -203,7 +203,7 @@ class Engine:
         condition = {name: torch.cat([each[name] for each in told]) for name in told[0]}
         timestep, x_t = objective.noisy(x0, noise, t)
         with self.denoiser.autocast(self.config.precision):
-            output = self.denoiser.predict(x_t, timestep, condition)
+            output = self.denoiser(x_t, timestep, condition)
         total = output.new_zeros((), dtype=torch.float32)
         for (learner, drawn, seen), own in zip(group, output.chunk(len(group)), strict=True):
             weighted, plain = learner.losses(own, drawn)
@@ -300,7 +300,10 @@ class Engine:
 
     @torch.no_grad()
     def samples(self, learner: Learner) -> list[Tensor] | None:
-        """Returns two pictures per prompt, of at most eight prompts, from the same noise always."""
+        """Returns two pictures per prompt, of at most eight prompts, from the same noise always.
+
+        Of a control task: eight control pictures, each followed by what became of it.
+        """
         if not (self.launch.is_main or self.launch.sharded):  # sharded: it takes all of them
             return None
         with (
@@ -308,6 +311,16 @@ class Engine:
             self._alone(learner),
             self.denoiser.autocast(self.config.precision),
         ):
+            if self.config.control:
+                data = learner.run.validation or learner.run.data
+                return sample_controls(
+                    self.denoiser,
+                    learner.prompts,
+                    data.batch(8, learner.seed, 0),
+                    seed=learner.seed,
+                    steps=self.config.sample_steps,
+                    guidance=self.config.guidance,
+                )
             return sample_prompts(
                 self.denoiser,
                 learner.prompts.first(8),
@@ -389,7 +402,7 @@ def _alike(learners: Sequence[Learner], shares: Sequence[Drawn]) -> list[list[in
             getattr(learner.prompts, n).shape[1:] if share.told is None else share.told[n].shape[1:]
             for n in learner.prompts.fields
         )
-        groups.setdefault((share.x0.shape, told), []).append(i)
+        groups.setdefault((share.x0.shape, told, share.control is None), []).append(i)
     return list(groups.values())
 
 

@@ -20,7 +20,10 @@ from .learner import Learner
 logger = logging.getLogger(__name__)
 
 #: Settings that a run cannot change half-way.
-_FIXED = ("method", "rank", "targets", "exclude", "optimizer", "ema")
+_FIXED = (
+    *("method", "rank", "targets", "exclude", "optimizer", "ema"),
+    *("control", "control_rank", "control_activation", "control_embedding"),
+)
 
 
 def versions() -> dict[str, str]:
@@ -41,7 +44,8 @@ def check_same_run(
         DiffScalerError: It trained other parameters, or other tasks.
     """
     before, now = facts["config"], plain_settings(config)
-    changed = [f"{k} {before.get(k)}, now {now[k]}" for k in _FIXED if before.get(k) != now[k]]
+    fixed = [key for key in _FIXED if before.get(key, now[key]) != now[key]]
+    changed = [f"{key} {before.get(key)}, now {now[key]}" for key in fixed]
     names = [learner.name for learner in learners]
     if sorted(facts["tasks"]) != sorted(names):
         changed.append(f"tasks {sorted(facts['tasks'])}, now {sorted(names)}")

@@ -9,7 +9,7 @@ import contextlib
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -71,6 +71,8 @@ class Drawn:
         prior: Which rows are prior pictures, (B,) of bool.
         perturbation: Noise on the prompts' embeddings, by field.
         told: The prompts themselves, by field, where they come with the pictures (a stream).
+        control: Latents of the control pictures, like x0; None: the task takes none.
+        kept: Factor on each row's control, (B,): 0 where it is left out.
     """
 
     x0: Tensor
@@ -81,6 +83,8 @@ class Drawn:
     prior: Tensor
     perturbation: Mapping[str, Tensor]
     told: Mapping[str, Tensor] | None = None
+    control: Tensor | None = None
+    kept: Tensor | None = None
 
     def rows(self, part: slice, device: torch.device) -> Drawn:
         """Returns some rows of it, on a device."""
@@ -97,6 +101,8 @@ class Drawn:
             prior=own(self.prior),
             perturbation={name: own(noise) for name, noise in self.perturbation.items()},
             told=None if self.told is None else {n: own(rows) for n, rows in self.told.items()},
+            control=None if self.control is None else own(self.control),
+            kept=None if self.kept is None else own(self.kept),
         )
 
 
@@ -147,10 +153,16 @@ class Learner:
         generator = generator_for(self.seed, _DRAWS, step)
         count = 0 if prior is None else round(config.batch * config.prior_share)
         batch = self.run.data.batch(config.batch - count, self.seed, step)
-        x0, index = batch.x0, batch.index
+        x0, index, control = batch.x0, batch.index, batch.control
+        if (control is not None) != bool(config.control):
+            raise DiffScalerError(
+                f"task {self.name!r} is {'' if config.control else 'no '}control task, but its "
+                f"pictures have {'no ' if config.control else ''}control pictures"
+            )
         if prior is not None and count:
             x0, index = self._with_prior(batch, prior.batch(count, self.seed + _PRIOR, step))
-        usual = "logit_normal" if self.objective.is_flow else "uniform"
+        # a control settles the layout: it matters at middle times, whatever the objective
+        usual = "logit_normal" if self.objective.is_flow or config.control else "uniform"
         t = draw_times(
             len(x0),
             usual if config.timesteps == "auto" else config.timesteps,
@@ -166,10 +178,21 @@ class Learner:
             len(x0), config.perturb, config.perturb_gamma, generator
         )
         is_prior = torch.arange(len(x0)) >= len(x0) - count
-        return Drawn(x0, index, t, noise, dropped, is_prior, perturbation, batch.condition)
+        drawn = Drawn(x0, index, t, noise, dropped, is_prior, perturbation, batch.condition)
+        if control is None:
+            return drawn
+        kept = (torch.rand(len(x0), generator=generator) >= config.control_drop) & ~is_prior
+        control = torch.cat([control, control.new_zeros(count, *control.shape[1:])])
+        return replace(drawn, control=control, kept=kept.float())
 
     def condition(self, drawn: Drawn) -> dict[str, Tensor]:
-        """Returns what the base is told about drawn rows."""
+        """Returns what the base is told about drawn rows, and their control."""
+        told = self._told(drawn)
+        if drawn.control is not None and drawn.kept is not None:
+            told |= {"control": drawn.control, "control_kept": drawn.kept}
+        return told
+
+    def _told(self, drawn: Drawn) -> dict[str, Tensor]:
         noise = drawn.perturbation or None
         if drawn.told is not None:
             return self.prompts.mixed(drawn.told, drawn.dropped, noise)

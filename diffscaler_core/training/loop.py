@@ -190,6 +190,10 @@ def fresh_task(denoiser: Denoiser, config: TrainingConfig) -> TaskAdapter:
         config.name,
         exclude=config.exclude,
         component=denoiser.component,
+        control=config.control or None,
+        control_rank=config.control_rank or None,
+        control_activation=config.control_activation,
+        control_embedding=config.control_embedding,
         seed=config.seed,
     )
 
@@ -200,4 +204,5 @@ def _copy(task: TaskAdapter, name: str) -> TaskAdapter:
         layer: {part: t.detach().to(torch.float32, copy=True) for part, t in tensors.items()}
         for layer, tensors in task.layers.items()
     }
-    return task.replace(layers=layers).with_info(name=name)
+    extras = {n: t.detach().to(torch.float32, copy=True) for n, t in task.extras.items()}
+    return task.replace(layers=layers, extras=extras).with_info(name=name)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DiffScalerError
+from ..task import CONTROL
 from .config import TrainingConfig
 
 Groups = list[dict[str, Any]]
@@ -40,7 +41,7 @@ def make_optimizers(
     """
     groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        groups.setdefault(_RATES[name.rpartition(".")[2]], []).append(parameter)
+        groups.setdefault(_rate_of(name), []).append(parameter)
     settings: Groups = [
         {
             "params": params,
@@ -52,6 +53,10 @@ def make_optimizers(
         for rate, params in groups.items()
     ]
     return _MAKERS[config.optimizer](settings, config)
+
+
+def _rate_of(name: str) -> str:
+    return "lr_control" if name.startswith(CONTROL) else _RATES[name.rpartition(".")[2]]
 
 
 def _adamw(groups: Groups, config: TrainingConfig) -> list[torch.optim.Optimizer]:

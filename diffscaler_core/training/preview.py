@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import DiffScalerError
 from ..task import TaskAdapter
 from .conditioning import Prompts
+from .data.batches import Batch
 from .denoiser import Condition, Denoiser
 from .objective import separate, shifted, spread
 
@@ -36,7 +38,7 @@ def sample_latents(
     Args:
         denoiser: The base; tasks attached to its model take part.
         condition: One row per sample.
-        null: The null prompt, one row per sample.
+        null: The null prompt, one row per sample; what it lacks (a control) is the condition's.
         noise: Where sampling starts, standard normal.
         steps: How many predictions (twice as many rows with guidance).
         guidance: Classifier-free guidance (arXiv:2207.12598); 1: none.
@@ -49,12 +51,12 @@ def sample_latents(
     for now, after in itertools.pairwise(times):
         timestep, alpha, sigma = objective.at(now.expand(len(x)))
         if guided:
-            both = {k: torch.cat([null[k].to(v), v]) for k, v in condition.items()}
-            output = denoiser.predict(torch.cat([x, x]), torch.cat([timestep, timestep]), both)
+            both = {k: torch.cat([null.get(k, v).to(v), v]) for k, v in condition.items()}
+            output = denoiser(torch.cat([x, x]), torch.cat([timestep, timestep]), both)
             without, with_prompt = objective.mean(output.float()).chunk(2)
             prediction = without + guidance * (with_prompt - without)
         else:
-            prediction = objective.mean(denoiser.predict(x, timestep, condition).float())
+            prediction = objective.mean(denoiser(x, timestep, condition).float())
         x0, eps = separate(objective.kind, prediction, x, alpha, sigma)
         if after == 0:
             return x0
@@ -91,9 +93,41 @@ def sample_prompts(
         own = rows.to(denoiser.device)
         part = noise[len(pictures) : len(pictures) + len(rows)]
         latents = sample_latents(denoiser, prompts(own), prompts.null(len(rows)), part, **sampling)
-        pixels = denoiser.decode(latents) if denoiser.decode else latents.clamp(-1, 1)
-        pictures += list(pixels.float().cpu())
+        pictures += _pixels(denoiser, latents)
     return pictures
+
+
+@torch.no_grad()
+def sample_controls(
+    denoiser: Denoiser, prompts: Prompts, examples: Batch, *, seed: int = 0, **sampling: Any
+) -> list[Tensor]:
+    """Returns control pictures and what the base makes of them, in turns, (3, H, W) in −1..1.
+
+    Args:
+        denoiser: The base, held still, with a control task attached.
+        prompts: The examples' prompts.
+        examples: Control pictures and their prompts; their clean latents are not looked at.
+        seed: Seed of the noise.
+        sampling: As in `sample_latents`.
+    """
+    device, control = denoiser.device, examples.control
+    if control is None:
+        raise DiffScalerError("these examples have no control pictures")
+    prompts = prompts.place(device)
+    noise = torch.randn(examples.x0.shape, generator=torch.Generator().manual_seed(seed))
+    if examples.condition is None:
+        told = prompts(examples.index.to(device))
+    else:
+        told = prompts.mixed(examples.condition)
+    told["control"] = control.to(device)
+    latents = sample_latents(denoiser, told, prompts.null(len(noise)), noise, **sampling)
+    shown = [_pixels(denoiser, each) for each in (control.to(device), latents)]
+    return [picture for pair in zip(*shown, strict=True) for picture in pair]
+
+
+def _pixels(denoiser: Denoiser, latents: Tensor) -> list[Tensor]:
+    pixels = denoiser.decode(latents) if denoiser.decode else latents.clamp(-1, 1)
+    return list(pixels.float().cpu())
 
 
 def preview(

@@ -54,6 +54,8 @@ def validation_loss(
             seen += len(part.x0)
             x0, index = part.x0.to(device), part.index.to(device)
             told = prompts(index) if part.condition is None else prompts.mixed(part.condition)
+            if part.control is not None:
+                told["control"] = part.control.to(device)
             for i in range(times):
                 noise = torch.stack(
                     [
@@ -66,6 +68,6 @@ def validation_loss(
                 t = torch.full((len(x0),), (i + 0.5) / times, device=device)
                 timestep, x_t = objective.noisy(x0, noise, t)
                 with denoiser.autocast(precision):
-                    output = denoiser.predict(x_t, timestep, told)
+                    output = denoiser(x_t, timestep, told)
                 total += float(objective.loss(output, x0, noise, t).sum())
     return total / (seen * times)

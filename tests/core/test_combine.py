@@ -122,7 +122,7 @@ def test_wrong_counts_and_control_tasks_are_refused(make):
     for arguments in (([],), ([task], [1.0, 2.0])):
         with pytest.raises(DiffScalerError, match="need as many"):
             combine_tasks(*arguments)
-    control = task.replace(extras={"control.embed.up": torch.ones(2, 2)})
+    control = task.replace(extras={"control.transformer.embed.scale": torch.ones(2)})
     assert combine_tasks([control]).extras.keys() == control.extras.keys()
     with pytest.raises(DiffScalerError, match="control task"):
         combine_tasks([control, task])

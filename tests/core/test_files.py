@@ -38,13 +38,18 @@ def test_a_task_comes_back_bit_for_bit(model, method, dtype, tmp_path):
     layers = {n: {k: t.to(dtype) for k, t in own.items()} for n, own in task.layers.items()}
     task = task.replace(
         layers=layers,
-        info={**task.info, "prompts": ["a cat", "犬"], "training": {"steps": 3, "lr": 1e-3}},
+        info={
+            **task.info,
+            "prompts": ["a cat", "犬"],
+            "training": {"steps": 3, "lr": 1e-3},
+            "control": {"kind": "edges", "activation": "identity", "gain": 1.0},
+        },
         conditioning={
             "context": torch.randn(2, 3, 4).to(dtype),
             "pooled": torch.randn(2, 5).to(dtype),
         },
         modelspec={"author": "me", "title": "T"},
-        extras={"control.embed.up": torch.randn(2, 2)},
+        extras={f"control.transformer.e.{p}": torch.randn(2, 2) for p in ("up", "down")},
     )
     back = load_task(save_task(task, tmp_path / "t.safetensors"))
     assert back.layers.keys() == task.layers.keys()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import DiffScalerError
+from ...tokens import pack, unpack
 from ..denoiser import Condition
 from ..objective import shifted
 
@@ -47,19 +48,6 @@ class FamilyCall:
 
     predict: Callable[[Any, Tensor, Tensor, Condition, Site], Tensor]
     fields: tuple[str, ...] = ()
-
-
-def pack(x: Tensor) -> Tensor:
-    """Returns latents (B, C, h, w) as tokens of 2×2 latents, (B, h/2·w/2, 4C)."""
-    count, channels, height, width = x.shape
-    x = x.view(count, channels, height // 2, 2, width // 2, 2)
-    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Returns the inverse of `pack`, for latents of that height and width."""
-    grid: Tensor = tokens.unflatten(1, (height // 2, width // 2)).unflatten(3, (-1, 2, 2))
-    return grid.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
 def _sizes(x: Tensor, pixels: int) -> Tensor:
