@@ -3,6 +3,7 @@
 from .affiner import Affiner
 from .attach import Attachment, attach
 from .combine import combine_tasks, scale_task
+from .control import Control
 from .errors import DiffScalerError, MismatchError, TaskFileError, UnknownNameError
 from .families import FAMILIES, Family
 from .files import load_task, read_info, save_task
@@ -18,6 +19,7 @@ __all__ = [
     "Affiner",
     "AffinerStack",
     "Attachment",
+    "Control",
     "DiffScalerError",
     "Family",
     "MismatchError",

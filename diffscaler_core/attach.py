@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -95,6 +96,7 @@ class Attachment(nn.Module):
         self._weights = dict.fromkeys(self.names, _ONE)
         self._rows: Tensor | None = None
         self._given: dict[str, Control] = {}
+        self._bare: list[tuple[Control, Control]] = []
         self._gated = True
         self._grouped: tuple[str, ...] | None = None
         self._hooks: list[tuple[_LayerHook, AffinerStack, Any]] = []
@@ -218,8 +220,19 @@ class Attachment(nn.Module):
 
     def _give(self) -> None:
         slots = {self.names.index(name): control for name, control in self._given.items()}
+        if self._gated:  # the rows' factors are in the strengths already
+            slots = {slot: self._ungated(control) for slot, control in slots.items()}
         for stack in self._control_stacks():
             stack.set_controls(slots)
+
+    def _ungated(self, control: Control) -> Control:
+        """Returns the control without its rows' factors; of the same one always the same."""
+        if control.rows is None:
+            return control
+        known = {id(own): (own, bare) for own, bare in self._bare if own in self._given.values()}
+        known.setdefault(id(control), (control, replace(control, rows=None)))
+        self._bare = list(known.values())
+        return known[id(control)][1]
 
     def set_groups(self, names: Sequence[str] | None) -> None:
         """Makes each of len(names) equal parts of the batch run one task alone, at strength 1.

@@ -55,7 +55,8 @@ def combine_tasks(
             layers[layer] = _added(layer, layers.get(layer), own)
     info = _combined_info(tasks, weights, name, "relu" if relu else "identity")
     conditioning, prompts = _combined_prompts(tasks)
-    return TaskAdapter(layers, {**info, **prompts}, conditioning, {}, dict(tasks[0].extras))
+    extras = _scaled_control(tasks[0], dict.fromkeys(PARTS, weights[0]))
+    return TaskAdapter(layers, {**info, **prompts}, conditioning, {}, extras)
 
 
 def scale_task(
@@ -66,6 +67,8 @@ def scale_task(
     layers: Mapping[str, float] | None = None,
 ) -> TaskAdapter:
     """Returns a task whose trained effect is multiplied: as a whole, per part, per layer.
+
+    The control affiner of a control task is multiplied too.
 
     Args:
         task: The task; stays as it is.
@@ -87,7 +90,7 @@ def scale_task(
     for layer, tensors in task.layers.items():
         own = pattern_value(layer.partition(".")[2], layers, 1.0)
         scaled[layer] = _scaled(tensors, {part: f * own for part, f in factors.items()})
-    return task.replace(layers=scaled)
+    return task.replace(layers=scaled, extras=_scaled_control(task, factors))
 
 
 def cast_task(task: TaskAdapter, dtype: torch.dtype) -> TaskAdapter:
@@ -106,6 +109,14 @@ def _scaled(tensors: Mapping[str, Tensor], factors: Mapping[str, float]) -> dict
         # in float32, so that a weak task in 16 bits does not lose its last digits
         else _wide(t) * factors[_PART_OF[name]]
         for name, t in tensors.items()
+    }
+
+
+def _scaled_control(task: TaskAdapter, factors: Mapping[str, float]) -> dict[str, Tensor]:
+    """Returns the tensors of a task's control affiner, multiplied; none if it takes no control."""
+    return {
+        name: _scaled({name.rpartition(".")[2]: tensor}, factors)[name.rpartition(".")[2]]
+        for name, tensor in task.extras.items()
     }
 
 

@@ -14,9 +14,10 @@ Knows no host; how the call reaches the layer is the carrier's business.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ from .errors import DiffScalerError
 from .tokens import Embedding, embed_input, fitted, token_mask
 
 Embed = Callable[[Tensor], Tensor]
+#: Combinations of controls and strengths whose contribution a stack keeps.
+_KEPT = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,9 +96,11 @@ class ControlStack(nn.Module):
         self._bias = bias  # not a buffer: it belongs to the host
         self._weights = torch.ones(len(self.slots), len(PARTS))
         self._groups: tuple[int, ...] | None = None
+        self.idle = False
         self._controls: dict[int, Control] = {}
         self._added: Tensor | None = None
         self._added_version = 0
+        self._kept: OrderedDict[Any, tuple[Tensor, int]] = OrderedDict()
 
     def set_controls(self, controls: Mapping[int, Control]) -> None:
         """Gives tasks their control; tasks that are left out have none.
@@ -107,19 +112,25 @@ class ControlStack(nn.Module):
         same = own.keys() == self._controls.keys()
         if same and all(control is self._controls[slot] for slot, control in own.items()):
             return
-        self._controls, self._added = own, None
+        self._controls = own
+        if not own:
+            self._kept.clear()
+        self._recall()
 
     def set_weights(self, weights: Tensor) -> None:
         """Puts strengths in force: (K_all, 3) for the whole batch, or (B, K_all, 3) for rows."""
         own = weights[..., list(self.slots), :].detach().float().to("cpu", copy=True)
         if self._groups is None and torch.equal(own, self._weights):
             return
-        self._weights, self._groups, self._added = own, None, None
+        self._weights, self._groups = own, None
+        self.idle = not bool(own.any())
+        self._recall()
 
     def set_groups(self, groups: Sequence[int]) -> None:
         """Makes each of len(groups) equal parts of the batch run one task alone, at strength 1."""
         self._groups = tuple(self.slots.index(g) if g in self.slots else -1 for g in groups)
-        self._added = None
+        self.idle = False
+        self._recall()
 
     def affiner_of(self, slot: int) -> Affiner:
         """Returns the affiner of the task with this index among all tasks attached."""
@@ -128,6 +139,21 @@ class ControlStack(nn.Module):
     def unsettle(self) -> None:
         """Drops what was computed; the next call computes it again."""
         self._added = None
+        self._kept.clear()
+
+    def _recall(self) -> None:
+        """Takes up what was computed for these controls and strengths before, if it is still there.
+
+        A sampler that draws areas apart comes back to each of them in every step.
+        """
+        known = self._kept.get(self._situation())
+        if known is None or known[1] != self.version:
+            known = None, 0
+        self._added, self._added_version = known
+
+    def _situation(self) -> Any:
+        weights = (self._weights.shape, *self._weights.flatten().tolist())
+        return (*self._controls.items(), self._groups, weights)  # a Control is compared by identity
 
     @property
     def version(self) -> int:
@@ -137,9 +163,12 @@ class ControlStack(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes held: parameters, and what was computed from them."""
-        held = sum(p.numel() * p.element_size() for p in self.parameters())
-        added = self._added
-        return held + (0 if added is None else added.numel() * added.element_size())
+        return self.kept_bytes + sum(p.numel() * p.element_size() for p in self.parameters())
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of what was computed, held beside the parameters."""
+        return sum(added.numel() * added.element_size() for added, _ in self._kept.values())
 
     def forward(self, embed: Embed, y: Tensor) -> Tensor:
         """Returns y + Σ wₖ embedₖ'(zₖ), shaped like y; y itself is never modified.
@@ -156,18 +185,24 @@ class ControlStack(nn.Module):
         if any(p.requires_grad for affiner in self._affiners() for p in affiner.parameters()):
             added = self._sum(embed, y)
             return y if added is None else y + added
+        traced = torch.compiler.is_compiling()  # then nothing may change here, nor ask for numbers
+        if not traced and self.idle:
+            return y
         kept = self._added
         if kept is not None and kept.device == y.device and kept.dtype == y.dtype:
-            if torch.compiler.is_compiling() or self._added_version == self.version:
+            if traced or self._added_version == self.version:
                 if kept.shape[1:] == y.shape[1:] and kept.shape[0] in (1, y.shape[0]):
                     return y + kept
         added = self._sum(embed, y)
         if added is None:
             return y
-        if not torch.compiler.is_compiling():  # a traced call must not change the stack
+        if not traced:
             with torch.inference_mode(False), torch.no_grad():
                 self._added = added.detach().clone()
             self._added_version = self.version
+            self._kept[self._situation()] = (self._added, self._added_version)
+            for old in list(self._kept)[:-_KEPT]:
+                del self._kept[old]
         return y + added
 
     def prepare(self, embed: Embed, like: Tensor) -> None:
@@ -186,7 +221,9 @@ class ControlStack(nn.Module):
         total: Tensor | None = None
         for k, slot in enumerate(self.slots):
             control, weights = self._controls.get(slot), self._weights[..., k : k + 1, :]
-            if control is None or not bool(weights.any()):
+            if control is None:
+                continue
+            if not torch.compiler.is_compiling() and not bool(weights.any()):
                 continue
             added = self._embedded(embed, control, self._affiners()[k], weights, y)
             total = added if total is None else total + added
@@ -227,10 +264,13 @@ class ControlStack(nn.Module):
         rows, z = len(latents), embed_input(latents, self.embedding)
         with torch.no_grad():
             y_z = embed(z)
-        if weights.ndim == 3 and rows == 1 < len(weights):
-            rows = len(weights)
+        wanted = len(weights) if weights.ndim == 3 else 1
+        wanted = wanted if control.rows is None else max(wanted, len(control.rows))
+        if rows == 1 < wanted:
+            rows = wanted
             z, y_z = (t.repeat(rows, *(1,) * (t.ndim - 1)) for t in (z, y_z))
-        if weights.ndim == 2 and bool((weights == 1).all()):
+        alone = weights.ndim == 2 and not torch.compiler.is_compiling()
+        if alone and bool((weights == 1).all()):
             folded = fold_alone(affiner, self._bias, y.device)
         else:
             folded = fold([affiner], weights.to(y.device), self._bias)
@@ -245,7 +285,6 @@ class ControlStack(nn.Module):
         if control.rows is not None:
             factors = control.rows.to(y.device, y.dtype).repeat_interleave(repeats)
             added = added * factors.view(-1, *(1,) * (added.ndim - 1))
-            rows = max(rows, len(control.rows))
         return fitted(added, rows, y, self.embedding)
 
     def _affiners(self) -> list[Affiner]:

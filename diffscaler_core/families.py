@@ -19,10 +19,12 @@ class TokenForm(NamedTuple):
     Attributes:
         kind: `Family.tokens`.
         order: `Family.patch_order`.
+        patch: `Family.patch`; 0: nobody knows, as many as the layer's numbers allow.
     """
 
     kind: str = "nchw"
     order: str = "cpq"
+    patch: int = 0
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Family:
         embed: Path of the patch embedding (its output receives control tokens).
         tokens: What that layer sees: "nchw" latents, "ncfhw" video latents, "packed2" (2×2 latents
             packed to a token by the pipeline), "patchified" (cut into patches by the model itself),
+            "filled" (the same, then filled up to a fixed length),
             "packed" (one latent a token), "packed_frames" (the same of a video, frame after frame),
             "list" (a list of samples, tokens one after the other).
         patch_order: How a patch's numbers lie in a token: "cpq" channel, row, column; "pqc" row,
@@ -56,6 +59,7 @@ class Family:
     embed: str
     tokens: str = "nchw"
     patch_order: str = "cpq"
+    patch: int = 2
     objective: str = "flow"
     learned_sigma: bool = False
     timestep_scale: float = 1000.0
@@ -88,6 +92,7 @@ _ROWS = (
         ("Flux2Transformer2DModel",),
         "x_embedder",
         tokens="packed",
+        patch=1,
         timestep_scale=1.0,
         guidance="two_calls",
         modelspec="flux-2",
@@ -205,6 +210,7 @@ _ROWS = (
         ("LTXVideoTransformer3DModel",),
         "proj_in",
         tokens="packed_frames",
+        patch=1,
         modelspec="ltx-video",
     ),
     Family(
@@ -231,7 +237,7 @@ _ROWS = (
         "HiDream",
         ("HiDreamImageTransformer2DModel",),
         "x_embedder.proj",
-        tokens="patchified",
+        tokens="filled",
         patch_order="pqc",
         modelspec="hidream-i1",
     ),
@@ -272,7 +278,7 @@ def token_form(class_name: str) -> TokenForm | None:
     """Returns how the patch embedding of a denoiser class sees latents; None if nobody knows."""
     for family in _ROWS:
         if class_name in family.classes:
-            return TokenForm(family.tokens, family.patch_order)
+            return TokenForm(family.tokens, family.patch_order, family.patch)
     return None
 
 

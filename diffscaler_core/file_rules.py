@@ -13,6 +13,7 @@ from torch import Tensor
 from .affiner import ACTIVATIONS, TENSORS
 from .errors import TaskFileError, first_names, shown
 from .methods import METHODS
+from .task import CONTROL_EMBEDDINGS
 
 COMPONENTS = ("transformer", "transformer_2", "unet")
 EXTRAS = ("control",)
@@ -73,7 +74,7 @@ def _check_prompts(
         )
     if not all(isinstance(prompt, str) for prompt in prompts):
         raise TaskFileError(f"{file!r} names prompts by something that is not text")
-    if not counts and not grouped(shapes):
+    if not counts and not grouped(shapes) and not grouped(shapes, "control."):
         raise TaskFileError(f"{file!r} is empty: no layer and no stored prompt")
 
 
@@ -90,11 +91,11 @@ def _check_control(
         return
     if not isinstance(facts, Mapping) or not isinstance(facts.get("kind", ""), str):
         raise TaskFileError(f"{file!r}: config entry 'control' must not be {shown(facts)}")
-    if facts.get("activation", "relu") not in ACTIVATIONS:
-        raise TaskFileError(
-            f"{file!r}: the control's activation {shown(facts['activation'])}; "
-            f"known: {', '.join(ACTIVATIONS)}"
-        )
+    for key, known in (("activation", (*ACTIVATIONS,)), ("embedding", CONTROL_EMBEDDINGS)):
+        if facts.get(key, known[0]) not in known:
+            raise TaskFileError(
+                f"{file!r}: the control's {key} {shown(facts[key])}; known: {', '.join(known)}"
+            )
     gain = facts.get("gain", 1.0)
     if isinstance(gain, bool) or not isinstance(gain, (int, float)) or not math.isfinite(gain):
         raise TaskFileError(f"{file!r}: the control's gain must not be {shown(gain)}")

@@ -18,6 +18,8 @@ from .families import TokenForm
 
 #: A model that takes a list of samples fills each one's tokens up to a multiple of this.
 LIST_MULTIPLE = 32
+#: Where more tokens may follow those of the latents: reference pictures, or what fills up.
+OPEN_ENDED = ("packed2", "packed", "filled")
 
 
 class Embedding(NamedTuple):
@@ -65,7 +67,8 @@ def patch_of(embedding: Embedding, channels: int) -> int:
     if embedding.stride:
         fits, patch = embedding.in_features == channels, embedding.stride[-1]
     else:
-        patch = math.isqrt(embedding.in_features // channels) if channels else 0
+        guessed = math.isqrt(embedding.in_features // channels) if channels else 0
+        patch = embedding.form.patch or guessed
         fits = patch * patch * channels == embedding.in_features
     if not fits or not patch:
         per_token = " per token" if not embedding.stride else ""
@@ -124,6 +127,8 @@ def token_mask(mask: Tensor, latents: Tensor, embedding: Embedding, embedded: Te
     mask = mask.to(embedded)
     if embedding.stride:
         factors = F.adaptive_avg_pool2d(mask, (embedded.shape[-2], embedded.shape[-1]))
+        if embedded.ndim == 4 and len(factors) > 1:  # frames may fold into the rows
+            factors = factors.repeat_interleave(embedded.shape[0] // len(factors), dim=0)
         return factors.unsqueeze(2) if embedded.ndim == 5 else factors
     patch = patch_of(embedding, latents.shape[1])
     height, width = latents.shape[-2:]
@@ -164,7 +169,7 @@ def fitted(added: Tensor, rows: int, y: Tensor, embedding: Embedding) -> Tensor:
     elif y.ndim == 3 and y.shape[1] > added.shape[1]:
         if kind == "packed_frames" and y.shape[1] % added.shape[1] == 0:
             added = added.repeat(1, y.shape[1] // added.shape[1], 1)
-        else:
+        elif kind in OPEN_ENDED:
             added = F.pad(added, (0, 0, 0, y.shape[1] - added.shape[1]))
     if added.shape[1:] != y.shape[1:] or added.shape[0] not in (1, y.shape[0]):
         raise DiffScalerError(

@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .apply_task import DiffScalerApplyTask
 from .combine_tasks import DiffScalerCombineTasks
+from .control import DiffScalerControl
 from .folders import register_folder
 from .load_task import DiffScalerLoadTask
 from .save_task import DiffScalerSaveTask
@@ -21,6 +22,7 @@ NODES: list[type[io.ComfyNode]] = [
     DiffScalerLoadTask,
     DiffScalerApplyTask,
     DiffScalerStackTasks,
+    DiffScalerControl,
     DiffScalerScaleTask,
     DiffScalerCombineTasks,
     DiffScalerTaskInfo,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diffscaler_core.errors import MismatchError, first_names
+from ..diffscaler_core.families import TokenForm, token_form
 from ..diffscaler_core.layouts import Placement, Tensors, fuse_rows, slice_rows, swap_halves
 from ..diffscaler_core.matching import fits
 from ..diffscaler_core.targets import Target, all_targets
@@ -69,6 +70,18 @@ def native_row_layout(model: Any, native_module: str) -> str:
     return "batch"
 
 
+def native_token_form(model: Any) -> TokenForm | None:
+    """Returns how the patch embedding of a ComfyUI model sees latents; None if nobody knows."""
+    row = architecture_of(model)
+    form = token_form(row.diffusers)
+    return form if form is None or not row.tokens else form._replace(kind=row.tokens)
+
+
+def is_reference_first(model: Any) -> bool:
+    """Says whether a model embeds reference pictures before its latents, by the same layer."""
+    return architecture_of(model).reference_first
+
+
 def component_of(model: Any) -> str:
     """Returns the component a task calls this model: "unet" or "transformer"."""
     return "unet" if "num_res_blocks" in model.model_config.unet_config else "transformer"
@@ -95,8 +108,7 @@ def native_layers(
         MismatchError: A layer has no counterpart here, or one of another shape; or two layers of
             the task would fill the same rows.
     """
-    if component is None:
-        component = task.components[0] if len(task.components) == 1 else component_of(model)
+    component = component or _component_for(task, model)
     layers = task.component_layers(component)
     targets = {PREFIX + t.name: t for t in all_targets(model.diffusion_model)}
     places = task_placements(task, model)
@@ -115,6 +127,33 @@ def native_layers(
         parts.setdefault(place.module, []).append((place.start, moved))
     _check(task, model, component, len(layers), missing, wrong + _doubled(parts))
     return {name: _joined(own, targets[name].out_features) for name, own in parts.items()}
+
+
+def native_controls(
+    task: TaskAdapter, model: Any, component: str | None = None
+) -> dict[str, dict[str, Tensor]]:
+    """Returns a task's control affiner for the patch embedding of a ComfyUI model.
+
+    Arguments and names are those of `native_layers`; empty for a task without control.
+
+    Raises:
+        MismatchError: The model has no such embedding, or one of another shape.
+    """
+    component = component or _component_for(task, model)
+    controls = task.control_layers(component)
+    targets = {PREFIX + t.name: t for t in all_targets(model.diffusion_model)}
+    places = task_placements(task, model) if controls else {}
+    missing = [name for name in controls if name not in places]
+    wrong = []
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensors in controls.items():
+        if name in places:
+            shape = _shape(places[name], targets)
+            if not fits(tensors, shape) or shape != targets[places[name].module].shape:
+                wrong.append(f"{name} is {'x'.join(map(str, shape))}")
+            found[places[name].module] = dict(tensors)
+    _check(task, model, component, len(controls), missing, wrong)
+    return found
 
 
 def task_placements(task: TaskAdapter, model: Any) -> dict[str, Placement]:
@@ -183,6 +222,10 @@ def diffusers_targets(model: Any) -> list[Target]:
         size, width, *kernel = _shape(place, native)
         found.append(Target(name, size, width, tuple(kernel)))
     return found
+
+
+def _component_for(task: TaskAdapter, model: Any) -> str:
+    return task.components[0] if len(task.components) == 1 else component_of(model)
 
 
 def _shape(place: Placement, native: Mapping[str, Target]) -> tuple[int, ...]:
@@ -265,7 +308,7 @@ def _check(
     task: TaskAdapter, model: Any, component: str, count: int, missing: list[str], wrong: list[str]
 ) -> None:
     problems = []
-    if not count and task.layers:
+    if not count and component not in task.components and task.components:
         problems.append(f"it adapts {', '.join(task.components)}, this is a {component}")
     if missing:
         problems.append(f"{len(missing)} layers missing, first {first_names(missing)}")

@@ -33,6 +33,9 @@ class Architecture:
         swapped: Native names (of `rules`) whose two halves change places.
         where: What `unet_config` must say, for architectures that share a class.
         row_layouts: Pattern of native names -> "fold" or "flat", as in `families.Family`.
+        tokens: What the patch embedding sees, where it is not what diffusers' one does
+            (`families.Family.tokens`).
+        reference_first: True: the patch embedding gets reference pictures before the latents.
     """
 
     diffusers: str
@@ -43,6 +46,8 @@ class Architecture:
     swapped: tuple[str, ...] = ()
     where: Mapping[str, Any] = field(default_factory=dict)
     row_layouts: Mapping[str, str] = field(default_factory=dict)
+    tokens: str = ""
+    reference_first: bool = False
 
 
 def _qkv(prefix: str, *leaves: str) -> tuple[str, ...]:
@@ -230,8 +235,10 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         ("Lumina2",),
         "z_image_to_diffusers",
         where={"z_image_modulation": True},
+        tokens="patchified",
+        reference_first=True,
     ),
-    Architecture("Lumina2Transformer2DModel", ("Lumina2",), rules=_LUMINA2),
+    Architecture("Lumina2Transformer2DModel", ("Lumina2",), rules=_LUMINA2, reference_first=True),
     Architecture("Krea2Transformer2DModel", ("Krea2",), "krea2_to_diffusers", r".*\.attn\.to_out"),
     Architecture(
         "HunyuanDiT2DModel",

@@ -3,7 +3,7 @@
 A model with tasks is a clone with one wrapper round `BaseModel.apply_model` and a list of entries
 in its `transformer_options`, which ComfyUI copies from clone to clone. For each model call the
 wrapper opens a `Carrier` scope on the model object being called. Changing a strength patches no
-weight and loads nothing.
+weight and loads nothing. A second wrapper, round the sampling, has control pictures encoded.
 """
 
 from __future__ import annotations
@@ -23,14 +23,22 @@ from torch import Tensor, nn
 
 from ..diffscaler_core import DiffScalerError, TaskAdapter
 from ..diffscaler_core.affiner import PARTS
+from ..diffscaler_core.control import Control
+from ..diffscaler_core.errors import MismatchError
+from ..diffscaler_core.matching import embedding_at
+from ..diffscaler_core.targets import resolve
+from ..diffscaler_core.tokens import patch_of
 from .carrier import Carrier, TaskParameters, is_running
-from .keymap import native_layers
+from .control_conds import PREFIX, ControlPicture, ControlRows, placed_conds
+from .keymap import native_controls, native_layers, native_token_form
 
 KEY = "diffscaler"
 #: A conditioning's `model_conds` entry: strengths per batch row, (1 or B, number of tasks).
 ROUTE = "ds_route"
 #: Combinations of tasks kept ready per model object.
 _KEPT = 8
+#: What a control is computed from, of its patch embedding.
+_EMBEDDING = ("weight", "bias")
 
 _patchers: weakref.WeakKeyDictionary[TaskAdapter, dict[Any, ModelPatcher]] = (
     weakref.WeakKeyDictionary()
@@ -50,6 +58,7 @@ class Entry:
         strengths: Per part, in PARTS order.
         start_percent: Where in sampling it begins, 0 at full noise.
         end_percent: Where it ends, 1 at none.
+        control: Of a control task, the key of its picture in `model_conds`.
     """
 
     task: TaskAdapter
@@ -57,6 +66,7 @@ class Entry:
     strengths: tuple[float, float, float]
     start_percent: float = 0.0
     end_percent: float = 1.0
+    control: str | None = None
 
     def is_active(self, model_sampling: Any, sigma: Tensor) -> bool:
         """Says whether a noise level is in range; the ends count, as in ComfyUI's own nodes."""
@@ -88,15 +98,71 @@ def apply_task(
 
     Raises:
         MismatchError: The task does not fit this model.
+        DiffScalerError: It is a control task, which needs a picture: see `apply_control`.
     """
-    strengths = _per_part(strength)
-    if not any(strengths) or not task.layers:
+    if task.is_control:
+        raise DiffScalerError(
+            f"task {task.name!r} takes a control picture ({_kind(task)}): connect it to "
+            f"DiffScaler Control"
+        )
+    return _applied(model, task, _per_part(strength), start_percent, end_percent, component)
+
+
+def apply_control(
+    model: ModelPatcher,
+    task: TaskAdapter,
+    picture: ControlPicture,
+    strength: float = 1.0,
+    start_percent: float = 0.0,
+    end_percent: float = 1.0,
+    component: str | None = None,
+) -> ModelPatcher:
+    """Returns a clone of the model that runs a control task where conditionings carry its picture.
+
+    Other rows run as if the task were not there. See `apply_task` for the other arguments.
+
+    Args:
+        model: Any diffusion model; stays as it is.
+        task: A control task.
+        picture: What it is given; `picture.on` puts it on a conditioning.
+        strength: Of the whole task: of the picture's embedding and of what reads it.
+        start_percent: Where in sampling it begins.
+        end_percent: Where it ends.
+        component: Which of the task's components this model is.
+
+    Raises:
+        MismatchError: The task does not fit this model.
+        DiffScalerError: It is no control task, or the VAE is missing or another base's.
+    """
+    if not task.is_control:
+        raise DiffScalerError(
+            f"task {task.name!r} takes no control picture: connect it to Apply DiffScaler Task, or "
+            f"load a task that was trained with control pictures"
+        )
+    _check_vae(model, picture)
+    return _applied(
+        model, task, _per_part(strength), start_percent, end_percent, component, picture.key
+    )
+
+
+def _applied(
+    model: ModelPatcher,
+    task: TaskAdapter,
+    strengths: tuple[float, float, float],
+    start_percent: float,
+    end_percent: float,
+    component: str | None,
+    control: str | None = None,
+) -> ModelPatcher:
+    if not any(strengths) or not task.components:
         return model
     patcher = _patcher_of(task, model, component)
-    entry = Entry(task, patcher.model, strengths, start_percent, end_percent)
+    entry = Entry(task, patcher.model, strengths, start_percent, end_percent, control)
     clone = model.clone()
     if not clone.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
         clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _WRAPPER)
+    if control and not clone.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
+        clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _PLACER)
     options = clone.model_options["transformer_options"]
     options[KEY] = [*options.get(KEY, ()), entry]
     others = clone.get_additional_models_with_key(KEY)
@@ -136,42 +202,114 @@ class _Wrapper:
     def __call__(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
         """Called by ComfyUI in place of `apply_model(x, t, …, transformer_options, **conds)`."""
         route = kwargs.pop(ROUTE, None)
+        controls = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(PREFIX)}
         model = executor.class_obj
         options = args[5] if len(args) > 5 else kwargs.get("transformer_options", {})
         entries = options.get(KEY, ())
         if not entries or is_running(model):  # the model and a hook may both bring this wrapper
             return executor(*args, **kwargs)
         x, sigma = args[0], args[1]
-        weights = _weights(entries, model.model_sampling, sigma, route)
+        rows = _rows(entries, route, controls)
+        weights = _weights(entries, model.model_sampling, sigma, rows)
         if not weights.any():
             return executor(*args, **kwargs)
+        # without a control its task is not there at all: others' sums round as they do alone
+        here = [i for i, e in enumerate(entries) if e.control is None or e.control in controls]
+        entries, weights = [entries[i] for i in here], weights[..., here, :]
         carrier = _carrier(model, entries)
         if carrier.prepare(weights, x.device, model.get_dtype_inference()):
             _account(model, entries)
-        with carrier.running(model, is_compiled(model, options)):
+        compiled, references = is_compiled(model, options), len(kwargs.get("ref_latents") or ())
+        given = _given(entries, weights, controls, carrier)
+        if given:
+            carrier.set_controls(given)
+            if compiled:
+                carrier.embed_now(x.to(model.get_dtype_inference()))
+        with carrier.running(model, compiled, references):
             return executor(*args, **kwargs)
 
 
+class _Placer:
+    """Has the controls encoded at the size that is sampled, before anything is loaded for it."""
+
+    def to(self, *args: object, **kwargs: object) -> _Placer:
+        """Does nothing, as `_Wrapper.to`."""
+        return self
+
+    def __call__(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
+        """Called by ComfyUI in place of `outer_sample(noise, …, latent_shapes)` of a guider."""
+        guider = executor.class_obj
+        names = {
+            entry.control: entry.task.name
+            for entry in guider.model_options["transformer_options"].get(KEY, ())
+            if entry.control
+        }
+        shape = (kwargs.get("latent_shapes") or [args[0].shape])[0]
+        guider.conds = placed_conds(guider.conds, names, guider.model_patcher.model, shape)
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            for kept in _carriers.values():
+                for carrier in kept.values():
+                    carrier.set_controls({})
+
+
 _WRAPPER = _Wrapper()
+_PLACER = _Placer()
+
+
+def _rows(
+    entries: Sequence[Entry], route: Tensor | None, controls: Mapping[str, ControlRows]
+) -> Tensor | None:
+    """Returns the factor of each task in each row, (B, K), or (1, K) if none differ; None: all 1.
+
+    Raises:
+        DiffScalerError: The conditioning routes another number of tasks.
+    """
+    rows = None
+    if route is not None:
+        rows = route.detach().to("cpu", torch.float32)
+        if rows.ndim != 2 or rows.shape[1] != len(entries):
+            raise DiffScalerError(
+                f"the conditioning routes {rows.shape[-1]} tasks, but the model runs "
+                f"{len(entries)}: connect the routed conditioning to the model it was routed for"
+            )
+    for slot, entry in enumerate(entries):
+        if entry.control is not None:
+            given = controls.get(entry.control)
+            factors = torch.zeros(1) if given is None or not given.is_placed else given.factors
+            rows = torch.ones(1, len(entries)) if rows is None else rows
+            rows = rows.expand(max(len(rows), len(factors)), -1).clone()
+            rows[:, slot] *= factors
+    return rows
+
+
+def _given(
+    entries: Sequence[Entry],
+    weights: Tensor,
+    controls: Mapping[str, ControlRows],
+    carrier: Carrier,
+) -> dict[int, Control]:
+    """Returns the control of every task that runs one now; the same pictures, the same object."""
+    given = {}
+    for slot, entry in enumerate(entries):
+        if entry.control in controls and bool(weights[..., slot, :].any()):
+            rows = controls[entry.control]
+            given[slot] = carrier.remembered(rows.key, rows.control)
+    return given
 
 
 def _weights(
-    entries: Sequence[Entry], model_sampling: Any, sigma: Tensor, route: Tensor | None
+    entries: Sequence[Entry], model_sampling: Any, sigma: Tensor, rows: Tensor | None
 ) -> Tensor:
-    """Returns the strengths in force: (K, 3), or (B, K, 3) where a route tells rows apart."""
+    """Returns the strengths in force: (K, 3), or (B, K, 3) where rows differ."""
     active = [entry.is_active(model_sampling, sigma) for entry in entries]
     zero = (0.0,) * len(PARTS)
     weights = torch.tensor(
         [entry.strengths if on else zero for entry, on in zip(entries, active, strict=True)]
     )
-    if route is None:
+    if rows is None:
         return weights
-    rows = route.detach().to("cpu", torch.float32)
-    if rows.ndim != 2 or rows.shape[1] != len(entries):
-        raise DiffScalerError(
-            f"the conditioning routes {rows.shape[-1]} tasks, but the model runs {len(entries)}: "
-            f"connect the routed conditioning to the model it was routed for"
-        )
     if bool((rows == rows[:1]).all()):
         return rows[0, :, None] * weights
     return rows[:, :, None] * weights
@@ -192,8 +330,9 @@ def _carrier(model: Any, entries: Sequence[Entry]) -> Carrier:
     parameters = [entry.parameters for entry in entries]
     patcher = model.current_patcher
     if patcher is not None and patcher.hook_backup:
-        biases = (f"{name}.bias" for task in parameters for name in task.affiners)
-        if any(bias in patcher.hook_backup for bias in biases):
+        read = {f"{name}.bias" for task in parameters for name in task.affiners}
+        read |= {f"{n}.{kind}" for t in parameters for n in t.controls for kind in _EMBEDDING}
+        if any(name in patcher.hook_backup for name in read):
             return Carrier(model, parameters, check=False)
     replaced = {} if patcher is None else patcher.object_patches
     key = (
@@ -220,12 +359,59 @@ def _patcher_of(task: TaskAdapter, model: ModelPatcher, component: str | None) -
     if component is None and len(task.components) == 1:
         component = task.components[0]
     layers = native_layers(task, model.model, component)
-    shapes = tuple((n, tuple(t.shape)) for n, own in layers.items() for t in own.values())
+    controls = native_controls(task, model.model, component)
+    if task.is_control:
+        _check_embedding(task, model.model, controls)
+    held = (*layers.items(), *controls.items())
+    shapes = tuple((name, tuple(t.shape)) for name, own in held for t in own.values())
     place = (model.model.get_dtype_inference().itemsize, model.load_device, model.offload_device)
     known = _patchers.setdefault(task, {})
     if (shapes, place) not in known:
-        known[shapes, place] = _new_patcher(TaskParameters(layers, task.info), *place)
+        parameters = TaskParameters(layers, task.info, controls, task.control_facts)
+        known[shapes, place] = _new_patcher(parameters, *place)
     return known[shapes, place]
+
+
+def _check_vae(model: ModelPatcher, picture: ControlPicture) -> None:
+    """Raises if there is no VAE, or one whose latents this model does not draw."""
+    vae = picture.vae
+    if vae is None or getattr(vae, "first_stage_model", None) is None:
+        raise DiffScalerError(
+            f"no VAE to encode the control image of {picture.name!r} with: the checkpoint holds "
+            f"none, connect Load VAE with the base's own"
+        )
+    made, drawn = vae.latent_channels, model.model.latent_format.latent_channels
+    if made != drawn:
+        raise DiffScalerError(
+            f"the VAE makes latents of {made} channels, but this {type(model.model).__name__} "
+            f"draws {drawn}: connect the base's own VAE"
+        )
+
+
+def _check_embedding(
+    task: TaskAdapter, model: Any, controls: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Raises if a model of this class has no control affiner, or embeds more than its latents."""
+    if not controls:
+        raise MismatchError(
+            f"the control task {task.name!r} has no control for this component; choose another "
+            f"of {', '.join(task.components)}"
+        )
+    channels = model.latent_format.latent_channels
+    for name in controls:
+        embedding = embedding_at(name, resolve(model, name), native_token_form(model))
+        try:
+            patch_of(embedding, channels)
+        except DiffScalerError:
+            raise MismatchError(
+                f"this {type(model).__name__} embeds {embedding.in_features} numbers where its "
+                f"{channels} latent channels do not fill them alone (an inpainting, edit or "
+                f"image-to-video base?): a control needs a base that embeds only what it draws"
+            ) from None
+
+
+def _kind(task: TaskAdapter) -> str:
+    return str((task.info.get("control") or {}).get("kind", "of a kind its file does not say"))
 
 
 def _new_patcher(

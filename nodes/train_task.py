@@ -12,7 +12,7 @@ from .training_inputs import training_inputs
 from .training_job import train
 
 #: Inputs that are lists by nature; all others come as a list of one.
-LISTS = ("images", "captions", "latents", "positive", "negative")
+LISTS = ("images", "captions", "latents", "positive", "negative", "control_images")
 LISTS += ("validation_latents", "validation_positive")
 
 
@@ -51,9 +51,8 @@ class DiffScalerTrainTask(io.ComfyNode):
     def fingerprint_inputs(cls, **inputs: Any) -> str:
         """Returns what changes when the pictures do, so that changed pictures are trained on."""
         single = _single(inputs)
-        return fingerprint_of(single.get("folder") or "") + fingerprint_of(
-            single.get("validation_folder") or ""
-        )
+        folders = ("folder", "validation_folder", "control_folder")
+        return "".join(fingerprint_of(single.get(name) or "") for name in folders)
 
     @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from ..diffscaler_core import DiffScalerError, TaskAdapter
 from ..diffscaler_core.affiner import PARTS, Affiner, affiner_from
 from ..diffscaler_core.layouts import Placement, fuse_rows, swap_halves
+from ..diffscaler_core.task import CONTROL
 from .carrier import Carrier, is_running
-from .keymap import native_layers, rows_of, task_placements
+from .keymap import native_controls, native_layers, rows_of, task_placements
 
 
 class PlacedAffiner(nn.Module):
@@ -90,6 +91,7 @@ class TrainableTasks:
         tasks: By name.
         component: The model's name in the tasks.
         device: Where the model runs.
+        scale: The trainer's latents are the model's times this.
 
     Raises:
         MismatchError: A task does not fit; the model is untouched.
@@ -102,22 +104,28 @@ class TrainableTasks:
         tasks: Mapping[str, TaskAdapter],
         component: str,
         device: torch.device,
+        scale: float = 1.0,
     ) -> None:
         if is_running(model):
             raise DiffScalerError("tasks are being trained on this model already")
         self.names = tuple(tasks)
-        self._tasks, self._component = dict(tasks), component
+        self._tasks, self._component, self._scale = dict(tasks), component, scale
         self._layers: dict[str, dict[str, Affiner]] = {}
+        self._controls: dict[str, dict[str, Affiner]] = {}
         native = []
         for name, task in tasks.items():
             native_layers(task, model, component)  # says what does not fit
-            self._layers[name] = own = {
-                layer: affiner_from({p: t.float() for p, t in tensors.items()}, task.info)
-                for layer, tensors in task.component_layers(component).items()
-            }
-            for affiner in own.values():
+            native_controls(task, model, component)
+            self._layers[name] = own = _affiners(task.component_layers(component), task.info)
+            self._controls[name] = control = _affiners(
+                task.control_layers(component), task.control_facts
+            )
+            for affiner in (*own.values(), *control.values()):
                 affiner.to(device)
-            native.append(SimpleNamespace(affiners=_placed(own, task, model), carriers=set()))
+            places = task_placements(task, model)
+            controls = {places[layer].module: affiner for layer, affiner in control.items()}
+            placed = _placed(own, task, model)
+            native.append(SimpleNamespace(affiners=placed, controls=controls, carriers=set()))
         self._carrier = Carrier(model, cast(Any, native), check=False)
         weights = torch.ones(len(tasks), len(PARTS))
         self._carrier.prepare(weights, device, model.get_dtype_inference())
@@ -125,16 +133,17 @@ class TrainableTasks:
         self._undo.enter_context(self._carrier.running(model))
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        """Returns a task's parameters, "<component>.<module>.<part>" -> parameter, float32."""
+        """Returns a task's parameters by their names in its file -> parameter, float32."""
         return {
-            f"{self._component}.{layer}.{part}": cast(nn.Parameter, parameter)
-            for layer, affiner in self._layers[name].items()
+            f"{prefix}{self._component}.{layer}.{part}": cast(nn.Parameter, parameter)
+            for prefix, own in (("", self._layers[name]), (CONTROL, self._controls[name]))
+            for layer, affiner in own.items()
             for part, parameter in affiner.tensors().items()
         }
 
     def requires_grad_(self, requires_grad: bool = True) -> TrainableTasks:
         """Makes copies of the parameters trainable; the attached tasks stay as they are."""
-        for own in self._layers.values():
+        for own in (*self._layers.values(), *self._controls.values()):
             for affiner in own.values():
                 for parameter in affiner.parameters() if requires_grad else ():
                     parameter.data = parameter.data.clone()
@@ -147,20 +156,40 @@ class TrainableTasks:
         slots = None if names is None else [self.names.index(name) for name in names]
         self._carrier.set_groups(slots)
 
+    def set_control(self, latents: Tensor | None, kept: Tensor | None = None) -> None:
+        """Gives the control tasks the next batch's pictures, as `Trainable.set_control` does."""
+        if latents is not None and self._scale != 1:
+            latents = latents / self._scale
+        self._carrier.set_control(latents, kept)
+
     def task(self, name: str | None = None) -> TaskAdapter:
         """Returns a task with its parameters as they are now (a copy on the CPU)."""
         name = self.names[0] if name is None else name
+        now = self.parameters_of(name)
+        extras = {
+            n: now[n].detach().to("cpu", copy=True) if n in now else t
+            for n, t in self._tasks[name].extras.items()
+        }
         layers = {
             f"{self._component}.{layer}": {
                 part: t.detach().to("cpu", copy=True) for part, t in affiner.tensors().items()
             }
             for layer, affiner in self._layers[name].items()
         }
-        return self._tasks[name].replace(layers=layers)
+        return self._tasks[name].replace(layers=layers, extras=extras)
 
     def remove(self) -> None:
         """Takes the tasks off; the model is bit for bit what it was. Idempotent."""
         self._undo.close()
+
+
+def _affiners(
+    layers: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]
+) -> dict[str, Affiner]:
+    return {
+        layer: affiner_from({part: t.float() for part, t in tensors.items()}, facts)
+        for layer, tensors in layers.items()
+    }
 
 
 def _placed(

@@ -56,7 +56,7 @@ def denoiser_of(
         return output * noise.sign if noise.sign != 1 else output  # type: ignore[no-any-return]
 
     def attach(tasks: Mapping[str, TaskAdapter]) -> TrainableTasks:
-        return TrainableTasks(base, tasks, component_of(base), model.load_device)
+        return TrainableTasks(base, tasks, component_of(base), model.load_device, noise.scale)
 
     def reload() -> None:
         if base.current_patcher is not None:  # a run is going on

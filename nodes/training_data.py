@@ -9,22 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..diffscaler_core import DiffScalerError
 from ..diffscaler_core.training.data.batches import TrainingData
-from ..diffscaler_core.training.data.pixels import (
-    View,
-    bucket_sizes,
-    check_size,
-    cut,
-    nearest_bucket,
-)
+from ..diffscaler_core.training.data.pixels import Size, bucket_sizes, nearest_bucket
 from ..diffscaler_core.training.data.prepare import encode_folder, encode_pictures
 from ..diffscaler_core.training.denoiser import Denoiser
+from .training_controls import NOTHING, ControlSource, cut_image, with_controls
 
 NO_FOLDER = "(none)"
 #: Pictures that come with the pack, so that its workflow runs as it is.
@@ -69,7 +62,12 @@ def fingerprint_of(choice: str) -> str:
 
 
 def from_folder(
-    denoiser: Denoiser, choice: str, size: int, name: str, options: Mapping[str, Any]
+    denoiser: Denoiser,
+    choice: str,
+    size: int,
+    name: str,
+    options: Mapping[str, Any],
+    control: ControlSource = NOTHING,
 ) -> TrainingData:
     """Returns a folder's pictures, encoded.
 
@@ -79,10 +77,16 @@ def from_folder(
         size: Side in pixels.
         name: Prompt of pictures that have none.
         options: flip, crops, buckets, skip_bad, keep_latents.
+        control: Where control pictures come from, if it is wanted.
 
     Raises:
         DiffScalerError: No VAE, no picture, or pictures that cannot be used.
     """
+    if control.images:
+        raise DiffScalerError(
+            "control_images belong to images; for a folder of pictures choose a control_folder, or "
+            "control_from"
+        )
     encode = _encoder(denoiser)
     cache = os.path.join(folder_paths.get_user_directory(), "diffscaler", "latents")
     return encode_folder(
@@ -90,6 +94,8 @@ def from_folder(
         _checked(size, denoiser),
         encode,
         name=name,
+        control=False if control.folder is None else folder_of(control.folder),
+        control_from=control.made,
         flip=bool(options.get("flip", False)),
         crops=int(options.get("crops", 0)),
         buckets=bool(options.get("buckets", False)),
@@ -107,6 +113,7 @@ def from_images(
     captions: Sequence[str],
     size: int,
     options: Mapping[str, Any],
+    control: ControlSource = NOTHING,
 ) -> TrainingData:
     """Returns IMAGEs, (B, H, W, 3) in 0..1 each, encoded.
 
@@ -125,23 +132,35 @@ def from_images(
     size = _checked(size, denoiser)
     sizes = bucket_sizes(size, denoiser.factor) if buckets else [(size, size)]
 
-    def load(i: int) -> Tensor:
-        values = (pictures[i][..., :3].float().clamp(0, 1) * 255).round().to("cpu", torch.uint8)
-        height, width = values.shape[:2]
-        target = nearest_bucket((height, width), sizes)
-        try:
-            check_size((height, width), target)
-        except ValueError as error:
-            raise DiffScalerError(f"image {i + 1} of {len(pictures)}: {error}") from error
-        return cut(Image.fromarray(np.asarray(values)), target, View())
+    def target_of(i: int) -> Size:
+        height, width = pictures[i].shape[:2]
+        return nearest_bucket((height, width), sizes)
 
+    def load(i: int) -> Tensor:
+        return cut_image(pictures[i], target_of(i), f"image {i + 1} of {len(pictures)}")
+
+    def load_control(i: int) -> Tensor:
+        return cut_image(controls[i], target_of(i), f"control image {i + 1} of {len(controls)}")
+
+    controls = control.for_rows(len(pictures), "images")
     return encode_pictures(
-        load, list(captions), _encoder(denoiser), flip=bool(options.get("flip", False))
+        load,
+        list(captions),
+        _encoder(denoiser),
+        load_control=load_control if controls else None,
+        control_from=control.made,
+        flip=bool(options.get("flip", False)),
     )
 
 
 def from_latents(
-    model: Any, scale: float, latents: Sequence[Latent], prompts: Sequence[str]
+    model: Any,
+    scale: float,
+    latents: Sequence[Latent],
+    prompts: Sequence[str],
+    control: ControlSource = NOTHING,
+    vae: Any = None,
+    denoiser: Denoiser | None = None,
 ) -> TrainingData:
     """Returns LATENTs as training data, those of one shape together.
 
@@ -150,10 +169,18 @@ def from_latents(
         scale: The trainer's x0 is the model's latent times this.
         latents: LATENTs, one per picture or in batches.
         prompts: The prompts' names, one per picture or one for all.
+        control: Control images for them, encoded at the latents' sizes.
+        vae: ComfyUI's VAE, for control images.
+        denoiser: The model with that VAE.
 
     Raises:
         DiffScalerError: Another number of prompts, latents of another model, or masked ones.
     """
+    if control.made is not None:
+        raise DiffScalerError(
+            f"control_from {control.made!r} needs the pictures themselves, not their latents: "
+            f"connect images, or connect control_images to the latents"
+        )
     rows = [row for latent in latents for row in _samples(latent)]
     channels = model.latent_format.latent_channels
     wrong = [row.shape[0] for row in rows if row.shape[0] != channels]
@@ -177,7 +204,12 @@ def from_latents(
     names = tuple(dict.fromkeys(named))
     order = [i for own in shapes.values() for i in own]
     index = torch.tensor([names.index(named[i]) for i in order])
-    return TrainingData(buckets if len(buckets) > 1 else buckets[0], index, names)
+    data = TrainingData(buckets if len(buckets) > 1 else buckets[0], index, names)
+    controls = control.for_rows(len(rows), "latents")
+    if not controls or denoiser is None:
+        return data
+    encode, ratio = _encoder(denoiser), int(vae.spacial_compression_encode())
+    return with_controls(data, [controls[i] for i in order], encode, ratio)
 
 
 def _samples(latent: Latent) -> list[Tensor]:

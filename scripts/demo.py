@@ -1,6 +1,6 @@
-"""`make demo`: one base, several tasks, in a real ComfyUI and in diffusers, side by side.
+"""`make demo`: one base, several tasks and controls, in a real ComfyUI and in diffusers.
 
-Starts ComfyUI's own server with this pack, queues `workflows/api/contact_sheet.json` over HTTP,
+Starts ComfyUI's own server with this pack, queues the contact sheets of `workflows/api` over HTTP,
 then draws the same cells with diffusers, and says how far the two hosts' pictures are apart.
 """
 
@@ -11,12 +11,24 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import comfy_host
+import numpy as np
 from comfy_http import HostError
-from contact_sheet import CELLS, GUIDANCE, STEPS, WORDS, WORKFLOW, Cell, compose, picture
+from contact_sheet import (
+    GUIDANCE,
+    SHEETS,
+    STEPS,
+    WORDS,
+    WORKFLOWS,
+    Cell,
+    cells_of,
+    compose,
+    picture,
+    source_of,
+)
 from PIL import Image, ImageChops
 
 OUT = comfy_host.ROOT / "out"
@@ -25,22 +37,17 @@ BATCH = 21  # cells that diffusers draws in one batch, each row with its own tas
 
 
 def main() -> None:
-    """Draws both sheets and compares them."""
+    """Draws the sheets and compares them."""
     try:
         OUT.mkdir(exist_ok=True)
-        with _step("ComfyUI: starting the server and queueing the workflow"):
+        with _step("ComfyUI: starting the server and queueing the workflows"):
             in_comfyui = draw_in_comfyui()
-        path = _save(
-            in_comfyui, "ComfyUI: one frozen base, many tasks", "contact_sheet_comfyui.png"
-        )
-        print(f"demo: ComfyUI's pictures   {path}")
-        with _step(f"diffusers: the same {len(CELLS)} pictures, {BATCH} mixed rows to a batch"):
+        _save("ComfyUI", in_comfyui)
+        count = sum(map(len, in_comfyui.values()))
+        with _step(f"diffusers: the same {count} pictures, {BATCH} mixed rows to a batch"):
             in_diffusers = draw_in_diffusers()
-        path = _save(
-            in_diffusers, "diffusers: one frozen base, many tasks", "contact_sheet_diffusers.png"
-        )
-        print(f"demo: diffusers' pictures  {path}")
-        apart = difference(in_comfyui, in_diffusers)
+        _save("diffusers", in_diffusers)
+        apart = max(difference(in_comfyui[sheet], in_diffusers[sheet]) for sheet in SHEETS)
         print(f"demo: largest difference between the two hosts: {apart}/255")
     except (HostError, OSError, ValueError) as error:
         sys.exit(f"demo: {error}")
@@ -48,33 +55,73 @@ def main() -> None:
         sys.exit("demo: interrupted; nothing is left running")
 
 
-def draw_in_comfyui() -> list[Image.Image]:
-    """Returns the cells as ComfyUI draws them, in order."""
-    workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+def draw_in_comfyui() -> dict[str, list[Image.Image]]:
+    """Returns each sheet's cells as ComfyUI draws them, in order."""
+    drawn = {}
     with comfy_host.running_server(comfy_host.CACHE / "demo") as server:
-        entry = server.run(workflow, timeout=300)
-        saved = sorted(node for node in entry["outputs"] if node.endswith("-save"))
-        outputs = [{"outputs": {node: entry["outputs"][node]}} for node in saved]
-        return [picture(server.images(output)[0]) for output in outputs]
+        for sheet in SHEETS:
+            workflow = json.loads((WORKFLOWS / f"{sheet}.json").read_text(encoding="utf-8"))
+            entry = server.run(workflow, timeout=300)
+            saved = sorted(node for node in entry["outputs"] if node.endswith("-save"))
+            outputs = [{"outputs": {node: entry["outputs"][node]}} for node in saved]
+            drawn[sheet] = [picture(server.images(output)[0]) for output in outputs]
+    return drawn
 
 
-def draw_in_diffusers() -> list[Image.Image]:
-    """Returns the same cells from diffusers, many tasks in each batch."""
+def draw_in_diffusers() -> dict[str, list[Image.Image]]:
+    """Returns the same cells from diffusers, many tasks and controls in each batch."""
     import diffscaler_core.pipelines  # noqa: F401 (gives the pipeline its methods)
     from diffscaler_core import load_task
     from diffscaler_core.pocket import load_pipeline
 
     pipe = load_pipeline(comfy_host.POCKET)
     pipe.set_progress_bar_config(disable=True)
-    used = dict.fromkeys(name for cell in CELLS for name in (*cell.tasks, cell.prompt_task))
+    cells = {sheet: cells_of(sheet) for sheet in SHEETS}
+    every = [cell for own in cells.values() for cell in own]
+    used = dict.fromkeys(
+        name for cell in every for name in (*cell.tasks, *cell.controls, cell.prompt_task)
+    )
     tasks = {name: load_task(TASKS / f"{name}.safetensors") for name in used}
-    for name in dict.fromkeys(name for cell in CELLS for name in cell.tasks):
+    for name in dict.fromkeys(name for cell in every for name in (*cell.tasks, *cell.controls)):
         pipe.load_diffscaler(tasks[name], adapter_name=name)
+    drawn: dict[str, list[Image.Image]] = {}
+    for sheet, own in cells.items():
+        results = iter(_drawn(pipe, [cell for cell in own if not cell.shows], tasks))
+        drawn[sheet] = [
+            control_picture(cell.shows, cell.source) if cell.shows else next(results)
+            for cell in own
+        ]
+    return drawn
+
+
+def _drawn(pipe: Any, cells: Sequence[Cell], tasks: dict) -> list[Image.Image]:
     pictures: list[Image.Image] = []
-    for cells in _batches(CELLS, BATCH):
-        with pipe.diffscaler_rows([dict(cell.tasks) or None for cell in cells]):
-            pictures += pipe(**_inputs(cells, tasks)).images
+    for part in _batches(cells, BATCH):
+        with ExitStack() as rows:
+            mixes = [{**cell.tasks, **cell.controls} or None for cell in part]
+            rows.enter_context(pipe.diffscaler_rows(mixes))
+            for kind in dict.fromkeys(kind for cell in part for kind in cell.controls):
+                images = [
+                    control_picture(kind, cell.source) if kind in cell.controls else None
+                    for cell in part
+                ]
+                rows.enter_context(pipe.diffscaler_control(images, adapter_name=kind))
+            pictures += pipe(**_inputs(part, tasks)).images
     return pictures
+
+
+def control_picture(kind: str, name: str) -> Image.Image:
+    """Returns a control picture: a file's, or the edges in it."""
+    image = Image.open(source_of(kind, name)).convert("RGB")
+    if kind != "edges":
+        return image
+    import torch
+
+    from diffscaler_core.training.data.controls import edges
+    from diffscaler_core.training.preview import to_image
+
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return to_image(edges(pixels / 127.5 - 1, 0))
 
 
 def _inputs(cells: Sequence[Cell], tasks: dict) -> dict:
@@ -109,10 +156,11 @@ def _batches(cells: Sequence[Cell], size: int) -> Iterator[list[Cell]]:
         yield batch
 
 
-def _save(pictures: Sequence[Image.Image], title: str, name: str) -> Path:
-    path = OUT / name
-    compose(pictures, title).save(path)
-    return path
+def _save(host: str, drawn: dict[str, list[Image.Image]]) -> None:
+    for sheet, pictures in drawn.items():
+        path = OUT / f"{sheet}_{host.lower()}.png"
+        compose(sheet, host, pictures).save(path)
+        print(f"demo: {host}'s pictures   {path}")
 
 
 @contextmanager

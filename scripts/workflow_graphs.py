@@ -17,6 +17,7 @@ ROW = 400  # from one branch to the next
 BLUE, GREEN, PALE, GREY = "#3f789e", "#3f7a4a", "#8A8", "#777"
 
 Link = list[Any]
+Parts = tuple[Link, Link, Link]
 At = tuple[float, float]
 
 SWAP = (
@@ -127,6 +128,24 @@ class Workflow:
         """Adds a task to a model, as trained."""
         return self.add(
             "DiffScalerApplyTask", at, color="green", model=model, task=task, strength=1.0
+        )
+
+    def controlled(
+        self, at: At, parts: Parts, task: Link, vae: Link, image: Link, strength: float
+    ) -> Link:
+        """Adds a control; its outputs are model, positive, negative, as are `parts`."""
+        model, positive, negative = parts
+        return self.add(
+            "DiffScalerControl",
+            at,
+            color="green",
+            model=model,
+            positive=positive,
+            negative=negative,
+            task=task,
+            vae=vae,
+            image=image,
+            strength=strength,
         )
 
     def picture(
@@ -341,10 +360,60 @@ def train_task() -> Workflow:
     return flow
 
 
+def control() -> Workflow:
+    """One picture's edges and silhouette as controls, alone and together."""
+    flow = Workflow(
+        "control",
+        "**Control without a ControlNet.** From above: no control, the picture's edges (ComfyUI's "
+        "own *Canny*), its silhouette, both at once. Each control is a task of half a megabyte. "
+        "Copy the pictures of the pack's `assets/examples/control` into `input` first.",
+    )
+    model, vae, latent = flow.base()
+    words = flow.task("words", (1, 0))
+    positive = flow.prompt(words, "sailboat", (1, 130))
+    negative = flow.prompt(words, "", (1, 270))
+    flow.frame("prompts, stored in a task file", PALE, words, positive, negative)
+    photo = flow.add("LoadImage", (1, 470), "a picture", (WIDTH, 330), image="sailboat.png")
+    edges = flow.add("Canny", (1, 860), image=photo, low_threshold=0.1, high_threshold=0.2)
+    shown = flow.add("PreviewImage", (1, 1010), "its edges", PICTURE, images=edges)
+    mask = flow.add(
+        "LoadImage",
+        (1, 1340),
+        "its silhouette",
+        (WIDTH, 330),
+        image="silhouette_sailboat.png",
+    )
+    flow.frame("control pictures", BLUE, photo, edges, shown, mask)
+    flow.picture("no control", (3, 0), (model, positive, negative, latent, vae))
+
+    pictures = {"edges": edges, "silhouette": mask}
+    tasks = {name: flow.task(name, (2, ROW * i)) for i, name in enumerate(pictures, start=1)}
+    plain = (model, positive, negative)
+    for i, name in enumerate(pictures, start=1):
+        at = (2, ROW * i + 130)
+        node = flow.controlled(at, plain, tasks[name], vae, pictures[name], 1.0)
+        parts = (*_three(node), latent, vae)
+        flow.picture(f"with its {name}", (3, ROW * i), parts, tasks[name], node)
+    both = plain
+    nodes = []
+    for i, name in enumerate(pictures):
+        at = (2, ROW * 3 + 60 + 300 * i)
+        nodes.append(flow.controlled(at, both, tasks[name], vae, pictures[name], 0.6))
+        both = _three(nodes[-1])
+    flow.picture("with both", (3, ROW * 3 + 60), (*both, latent, vae), *nodes)
+    return flow
+
+
+def _three(node: Link) -> Parts:
+    """Returns a node's first three outputs."""
+    return [node[0], 0], [node[0], 1], [node[0], 2]
+
+
 ALL: Sequence[Callable[[], Workflow]] = (
     apply_task,
     stack_tasks,
     task_prompts,
     combine_and_save,
+    control,
     train_task,
 )

@@ -130,9 +130,12 @@ def test_ui_workflow_explains_itself_and_nothing_overlaps(path: Path) -> None:
         assert apart, f"{one} lies over {other}"
 
 
-def test_contact_sheet_is_what_its_script_writes(script: Callable[[str], ModuleType]) -> None:
-    assert _read(ROOT / "workflows" / "api" / "contact_sheet.json") == (
-        script("contact_sheet").workflow()
+@pytest.mark.parametrize("sheet", ["contact_sheet", "control_sheet"])
+def test_contact_sheets_are_what_their_script_writes(
+    sheet: str, script: Callable[[str], ModuleType]
+) -> None:
+    assert _read(ROOT / "workflows" / "api" / f"{sheet}.json") == (
+        script("contact_sheet").workflow(sheet)
     )
 
 

@@ -17,6 +17,8 @@ MANY_VIEWS = 200  # times that each picture is shown, above which it is learned 
 WIDE_RANK, FEW_FOR_WIDE = 16, 50  # a rank above, for fewer pictures than
 SMALL_BASE, SLOW_FOR_SMALL = 50_000_000, 1e-3  # parameters; learning rate
 LARGE_BASE, FAST_FOR_LARGE = 500_000_000, 5e-3
+FEW_STEPS_FOR_CONTROL = 900  # in our toy trial no control could be judged before
+SURELY_CONTROLLED = 0.005  # of the loss: another picture's control must do that much worse
 RISES = 3  # validations in a row above the best
 _SURELY = 0.001  # of the best loss: less of a rise is none
 
@@ -52,11 +54,11 @@ def before_training(
         )
     if config.rank > WIDE_RANK and pictures < FEW_FOR_WIDE and _has_rank(config):
         said.append(f"rank {config.rank} is wide for {pictures} pictures; 4 to 8 usually do")
-    return (*said, *_rates(config, base_parameters))
+    return (*said, *_control(config), *_rates(config, base_parameters))
 
 
-def after_validation(history: History) -> tuple[str, ...]:
-    """Returns advice to stop, once per rise.
+def after_validation(history: History, last: bool = False) -> tuple[str, ...]:
+    """Returns advice to stop, once per rise; at the end also whether a control is gone by.
 
     The rule: the last three validations are all later than the best one, and each lies above it by
     more than the noise and by more than a thousandth. The noise is how much validations jump about
@@ -65,7 +67,12 @@ def after_validation(history: History) -> tuple[str, ...]:
 
     Args:
         history: With the newest validation in it.
+        last: The run is over.
     """
+    return (*_stop(history), *(_unread(history) if last else ()))
+
+
+def _stop(history: History) -> tuple[str, ...]:
     if not (_rising(history.validations) and not _rising(history.validations[:-1])):
         return ()
     best_step, best = min(history.validations, key=lambda point: point[1])
@@ -91,6 +98,37 @@ def _noise(losses: list[float]) -> float:
         for before, now, after in zip(losses, losses[1:], losses[2:], strict=False)
     ]
     return float(1.48 * median(bends) / 6**0.5)
+
+
+def _unread(history: History) -> tuple[str, ...]:
+    """Returns what there is to say of a control task whose control changes next to nothing."""
+    if not history.others:
+        return ()
+    own, other = history.validations[-1][1], history.others[-1][1]
+    if other > own * (1 + SURELY_CONTROLLED):
+        return ()
+    return (
+        f"the task hardly goes by its control: the validation loss is {own:.4g} with each "
+        f"picture's own control and {other:.4g} with another picture's; train it longer (steps), "
+        f"or faster (lr, lr_control)",
+    )
+
+
+def _control(config: TrainingConfig) -> list[str]:
+    if not config.control:
+        return []
+    said = []
+    if config.steps < FEW_STEPS_FOR_CONTROL:
+        said.append(
+            f"{config.steps} steps are few for a control task: in our trial nothing could be "
+            f"judged before some {FEW_STEPS_FOR_CONTROL}"
+        )
+    if not METHODS[config.method].parts:
+        said.append(
+            f"method {config.method!r} adapts no layer, and a control that is only embedded hardly "
+            f"controls: take diffscaler or lora"
+        )
+    return said
 
 
 def _rates(config: TrainingConfig, base: int) -> list[str]:

@@ -86,9 +86,10 @@ def dump(config: TrainingConfig, settings: RunSettings | None = None, **facts: A
     """
     said = dict(settings.values) if settings else {}
     entries = said.pop("tasks", ())
-    written = {k: v for k, v in asdict(config).items() if v is not None and not entries}
-    if entries:
-        written = {k: v for k, v in asdict(config).items() if v is not None and k != "name"}
+    unsaid = ("name", "control") if entries else ()
+    written = {
+        k: v for k, v in asdict(config).items() if v is not None and v != "" and k not in unsaid
+    }
     values = {**written, **{k: v for k, v in said.items() if k not in written}}
     parts = []
     for section in SECTIONS:

@@ -100,17 +100,21 @@ class Engine:
 
     @torch.no_grad()
     def first_look(self) -> None:
-        """Runs the base once on one picture: what cannot work fails here, before any training.
+        """Runs the base on one picture: what cannot work fails here, before any training.
+
+        On one of a task with control pictures, that is, and on one of a task without, where a run
+        has both.
 
         Layers that read one input find each other at their first call and share a product from
         then on, which rounds differently. With this look the first step, of a new run as of a
         resumed one, computes as all others do.
         """
-        learner = self.learners[0]
-        drawn = learner.draw(self.step).rows(slice(0, 1), self.device)
-        timestep, x_t = self.denoiser.objective.noisy(drawn.x0, drawn.noise, drawn.t)
-        with self.denoiser.autocast(self.config.precision), self._alone(learner):
-            self.denoiser(x_t, timestep, learner.condition(drawn))
+        kinds = {bool(learner.config.control): learner for learner in reversed(self.learners)}
+        for learner in kinds.values():
+            drawn = learner.draw(self.step).rows(slice(0, 1), self.device)
+            timestep, x_t = self.denoiser.objective.noisy(drawn.x0, drawn.noise, drawn.t)
+            with self.denoiser.autocast(self.config.precision), self._alone(learner):
+                self.denoiser(x_t, timestep, learner.condition(drawn))
 
     def train(self, on_step: OnStep | None) -> dict[str, TaskAdapter]:
         """Runs to the end, or to an early one; returns the tasks as they are then."""
@@ -245,7 +249,7 @@ class Engine:
             self.look_now()
         reports = []
         for learner in self.learners:
-            validation = self.validate(learner) if validate else None
+            validation, other = self.validate(learner) if validate else (None, None)
             reports.append(
                 Progress(
                     step=step,
@@ -259,8 +263,9 @@ class Engine:
                     learning_rate=learner.rate,
                     bands=tuple(learner.history.bands),
                     validation=validation,
+                    validation_other=other,
                     samples=self.samples(learner) if sample else None,
-                    advice=() if validation is None else after_validation(learner.history),
+                    advice=() if validation is None else after_validation(learner.history, last),
                 )
             )
         if save:
@@ -278,25 +283,37 @@ class Engine:
                 self.folder.curve({learner.name: learner.history for learner in self.learners})
         return reports
 
-    def validate(self, learner: Learner) -> float | None:
-        """Returns a task's loss on its validation pictures; the best state so far is kept."""
-        if learner.run.validation is None:
-            return None
-        with learner.averaged(), self._alone(learner):
-            loss = validation_loss(
+    def validate(self, learner: Learner) -> tuple[float | None, float | None]:
+        """Returns a task's loss on its validation pictures; the best state so far is kept.
+
+        Of a control task also the loss with other pictures' controls.
+        """
+        data = learner.run.validation
+        if data is None:
+            return None, None
+
+        def taken(others: bool) -> float:
+            return validation_loss(
                 self.denoiser,
-                learner.run.validation,
+                data,
                 learner.prompts,
                 times=self.config.validation_times,
                 batch=self.config.batch,
                 precision=self.config.precision,
                 held=True,
+                others=others,
             )
+
+        with learner.averaged(), self._alone(learner):
+            loss = taken(others=False)
+            other = taken(others=True) if learner.config.control else math.nan
+        if math.isfinite(other):
+            learner.history.others.append((self.step, other))
         best = learner.history.validated(self.step, loss)
         if best and self.folder is not None and self.launch.is_main:
             with _disk_may_be_full("the best task so far"):
                 save_task(self.task(learner), self.folder.best_of(learner.name))
-        return loss
+        return loss, other if math.isfinite(other) else None
 
     @torch.no_grad()
     def samples(self, learner: Learner) -> list[Tensor] | None:
@@ -311,12 +328,11 @@ class Engine:
             self._alone(learner),
             self.denoiser.autocast(self.config.precision),
         ):
-            if self.config.control:
-                data = learner.run.validation or learner.run.data
+            if learner.config.control:
                 return sample_controls(
                     self.denoiser,
                     learner.prompts,
-                    data.batch(8, learner.seed, 0),
+                    learner.examples,
                     seed=learner.seed,
                     steps=self.config.sample_steps,
                     guidance=self.config.guidance,
@@ -362,9 +378,7 @@ class Engine:
             task = self.trainable.task(learner.name)
             conditioning = prompts.stored() if prompts.learned else dict(task.conditioning)
         names = list(prompts.names) if prompts.learned else list(task.prompts)
-        facts: dict[str, Any] = {
-            "training": training_facts(self.config, learner, self.step, self.pace.seconds)
-        }
+        facts: dict[str, Any] = {"training": training_facts(learner, self.step, self.pace.seconds)}
         facts["prompts"] = names
         if "label" in prompts.fields:
             labels = torch.as_tensor(prompts.label).tolist()

@@ -75,11 +75,9 @@ def plain_settings(config: TrainingConfig) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in settings.items()}
 
 
-def training_facts(
-    config: TrainingConfig, learner: Learner, step: int, seconds: float
-) -> dict[str, Any]:
+def training_facts(learner: Learner, step: int, seconds: float) -> dict[str, Any]:
     """Returns settings that differ from the defaults, a few always, and what came of them."""
-    settings, default = plain_settings(config), plain_settings(TrainingConfig())
+    settings, default = plain_settings(learner.config), plain_settings(TrainingConfig())
     elsewhere = ("name", "method", "rank")  # the task says these itself
     always = ("steps", "batch", "lr", "lr_scale_shift", "seed")
     kept = {
@@ -105,4 +103,9 @@ def training_facts(
             "best_validation_loss": round(best, 5),
             "best_step": history.best_step,
         }
+    if history.others:
+        facts["validation_loss_other_control"] = round(history.others[-1][1], 5)
+    bands = [None if math.isnan(band) else round(band, 5) for band in history.bands]
+    if learner.config.control and any(bands):
+        facts["loss_by_noise"] = bands
     return facts

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ..task import TaskAdapter
 from .checkpoints import optimizer_state, restore_optimizer
 from .conditioning import Prompts
 from .config import TrainingConfig
-from .data.batches import Batch, Batches
+from .data.batches import Batch, Batches, TrainingData
 from .denoiser import Trainable
 from .objective import Objective, draw_times
 from .optimizer import Ema, make_optimizers, rate_at
@@ -45,6 +46,8 @@ class TaskRun:
         prior: Pictures that the task must not forget (prior preservation, arXiv:2208.12242, Eq. 2).
         prior_prompts: What the base is told about those; None: as for `prompts`, never learned.
         seed: Of all that is random for this task; None: the config's.
+        control: What its control pictures show, "" if it takes none; None: as the task to go on
+            from, else as the config says.
     """
 
     name: str
@@ -56,6 +59,31 @@ class TaskRun:
     prior: Batches | None = None
     prior_prompts: Prompts | None = None
     seed: int | None = None
+    control: str | None = None
+
+
+def control_kind(start: TaskAdapter | None, said: str | None) -> str:
+    """Returns what a task's control pictures show, "" if it takes none.
+
+    Args:
+        start: The task to go on from, or None.
+        said: What the run says they show; "": that there are none; None: nothing.
+
+    Raises:
+        DiffScalerError: It goes on from a task that is of the other kind.
+    """
+    if start is None:
+        return said or ""
+    own = str((start.info.get("control") or {}).get("kind") or "control")
+    own = own if start.is_control else ""
+    if said is not None and bool(said) != bool(own):
+        raise DiffScalerError(
+            f"task {start.name!r}, to go on from, takes "
+            f"{f'control pictures ({own})' if own else 'no control pictures'}, but this run is to "
+            f"train {f'control {said!r}' if said else 'without control'}; start a new task, or go "
+            f"on from one of its kind"
+        )
+    return own
 
 
 @dataclass(frozen=True)
@@ -114,7 +142,7 @@ class Learner:
         trainable: The tasks on the base.
         prompts: The run's prompts, ready.
         prior_prompts: The prior pictures', if there are any.
-        config: The run's settings.
+        config: The run's settings, as they are for this task.
         objective: What the base predicts.
         device: Where the base computes.
     """
@@ -147,6 +175,15 @@ class Learner:
         self.ema = Ema(self.params, config.ema) if config.ema else None
         self.history = History()
 
+    @cached_property
+    def examples(self) -> Batch:
+        """Up to eight pictures whose controls are shown on the way, always the same ones."""
+        validation = self.run.validation
+        data = self.run.data if validation is None or not len(validation) else validation
+        if isinstance(data, TrainingData):
+            return data.batch(min(8, len(data)), self.seed, 0)
+        return next(iter(data.whole(8)))  # a batch would set a stream back to its start
+
     def draw(self, step: int) -> Drawn:
         """Returns what step number `step` (from 0) shows: a function of seed and step alone."""
         config, prior = self.config, self.run.prior
@@ -154,10 +191,15 @@ class Learner:
         count = 0 if prior is None else round(config.batch * config.prior_share)
         batch = self.run.data.batch(config.batch - count, self.seed, step)
         x0, index, control = batch.x0, batch.index, batch.control
-        if (control is not None) != bool(config.control):
+        if control is None and config.control:
             raise DiffScalerError(
-                f"task {self.name!r} is {'' if config.control else 'no '}control task, but its "
-                f"pictures have {'no ' if config.control else ''}control pictures"
+                f"task {self.name!r} is to learn from control pictures ({config.control}), but its "
+                f"pictures have none: encode them with control or control_from"
+            )
+        if control is not None and not config.control:
+            raise DiffScalerError(
+                f"the pictures of task {self.name!r} come with control pictures, but it takes "
+                f"none: say what they show (control), or encode the pictures without them"
             )
         if prior is not None and count:
             x0, index = self._with_prior(batch, prior.batch(count, self.seed + _PRIOR, step))

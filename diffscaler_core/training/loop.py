@@ -19,7 +19,7 @@ from .data.batches import Batches
 from .denoiser import Denoiser
 from .engine import Engine
 from .launch import launch_of
-from .learner import Learner, TaskRun
+from .learner import Learner, TaskRun, control_kind
 from .progress import OnStep
 from .run_folder import RunFolder
 
@@ -116,18 +116,19 @@ def train_tasks(
     denoiser, launch = as_denoiser(base), launch_of(accelerator)
     launch.check(config.batch, config.accumulate)
     runs = [_with_validation(run, config) for run in runs]
+    configs = [replace(config, control=_control_of(run, config)) for run in runs]
     told = [_prompts_of(run, denoiser, config) for run in runs]
     tasks = {
-        run.name: _fresh(denoiser, config, run) if run.task is None else _copy(run.task, run.name)
-        for run in runs
+        run.name: _fresh(denoiser, own, run) if run.task is None else _copy(run.task, run.name)
+        for run, own in zip(runs, configs, strict=True)
     }
     with denoiser.held(config.checkpointing), denoiser.attached(tasks) as trainable:
         trainable.requires_grad_(True)
         if config.shard:
             launch.shard(denoiser.model)
         learners = [
-            Learner(run, trainable, *prompts, config, denoiser.objective, denoiser.device)
-            for run, prompts in zip(runs, told, strict=True)
+            Learner(run, trainable, *prompts, own, denoiser.objective, denoiser.device)
+            for run, prompts, own in zip(runs, told, configs, strict=True)
         ]
         with ExitStack() as closing:
             if folder is not None and not isinstance(folder, RunFolder):
@@ -173,6 +174,10 @@ def _prompts_of(
             "the prior pictures' prompts must be known to the base (stored or encoded), not learned"
         )
     return prompts, others
+
+
+def _control_of(run: TaskRun, config: TrainingConfig) -> str:
+    return control_kind(run.task, (config.control or None) if run.control is None else run.control)
 
 
 def _fresh(denoiser: Denoiser, config: TrainingConfig, run: TaskRun) -> TaskAdapter:

@@ -30,6 +30,8 @@ class Progress:
         learning_rate: Of the first group of parameters, now.
         bands: Running mean loss per noise band (see BANDS); NaN where nothing was drawn yet.
         validation: Validation loss, if one was taken at this step.
+        validation_other: Of a control task: the same loss with each picture given the control of
+            another one; where it is no higher, the task does not go by its control.
         samples: Pictures (3, H, W) in −1..1, prompt by prompt, if some were drawn at this step.
         saved: True: a checkpoint was written at this step.
         advice: New advice, one line each.
@@ -46,6 +48,7 @@ class Progress:
     learning_rate: float = 0.0
     bands: tuple[float, ...] = (math.nan,) * (len(BANDS) - 1)
     validation: float | None = None
+    validation_other: float | None = None
     samples: Sequence[Tensor] | None = None
     saved: bool = False
     advice: tuple[str, ...] = ()
@@ -62,6 +65,7 @@ class History:
     Attributes:
         losses: (step, loss), every step that was looked at.
         validations: (step, validation loss).
+        others: (step, validation loss with other pictures' controls), of a control task.
         bands: Running mean loss per noise band.
         mean_loss: Running mean loss.
         best_step: Step of the lowest validation loss, 0 if none was taken.
@@ -69,6 +73,7 @@ class History:
 
     losses: list[tuple[int, float]] = field(default_factory=list)
     validations: list[tuple[int, float]] = field(default_factory=list)
+    others: list[tuple[int, float]] = field(default_factory=list)
     bands: list[float] = field(default_factory=lambda: [math.nan] * (len(BANDS) - 1))
     mean_loss: float = math.nan
     best_step: int = 0
@@ -97,6 +102,7 @@ class History:
         return {
             "losses": self.losses,
             "validations": self.validations,
+            "others": self.others,
             "bands": [None if math.isnan(b) else b for b in self.bands],
             "mean_loss": None if math.isnan(self.mean_loss) else self.mean_loss,
             "best_step": self.best_step,
@@ -109,6 +115,7 @@ class History:
         return cls(
             losses=[(int(s), float(v)) for s, v in state["losses"]],
             validations=[(int(s), float(v)) for s, v in state["validations"]],
+            others=[(int(s), float(v)) for s, v in state.get("others", ())],
             bands=[math.nan if b is None else float(b) for b in state["bands"]],
             mean_loss=math.nan if mean is None else float(mean),
             best_step=int(state["best_step"]),

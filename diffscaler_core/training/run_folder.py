@@ -218,6 +218,8 @@ def _entry(now: Progress) -> dict[str, Any]:
     }
     if now.validation is not None:
         entry["validation"] = _number(now.validation)
+    if now.validation_other is not None:
+        entry["validation_other"] = _number(now.validation_other)
     if now.saved:
         entry["saved"] = True
     if now.advice:

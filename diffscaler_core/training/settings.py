@@ -24,6 +24,7 @@ SECTIONS = {
     "training": "How long and how fast",
     "pictures": "The pictures",
     "prompts": "What the base is told",
+    "control": "Control pictures",
     "noise": "Which noise, which weight",
     "validation": "What is looked at on the way",
     "run": "How it runs",
@@ -111,6 +112,13 @@ SETTINGS: dict[str, Setting] = {
         _of_config("prompt_noise", "prompts", "What tells new prompts apart at first."),
         _of_config("perturb", "prompts", "Noise on the prompts' embeddings."),
         _of_config("perturb_gamma", "prompts", "Its size."),
+        _of_config("control", "control", "What they show, such as edges: a task that takes them."),
+        Setting("control_from", "control", "A folder or column; or what makes them, as edges."),
+        _of_config("control_drop", "control", "Share of them left out."),
+        _of_config("control_rank", "control", "Width of their subspace; 0: a patch's numbers."),
+        _of_config("control_activation", "control", "Of their subspace."),
+        _of_config("control_embedding", "control", "How they are embedded."),
+        _of_config("lr_control", "control", "Learning rate of their affiner."),
         _of_config("timesteps", "noise", "How much noise, and how often."),
         _of_config("timestep_mean", "noise", "logit_normal's mean."),
         _of_config("timestep_std", "noise", "logit_normal's width."),
@@ -142,7 +150,10 @@ SETTINGS: dict[str, Setting] = {
     )
 }
 #: Keys of a `[[tasks]]` entry: what may differ between the tasks of one run.
-TASK_KEYS = ("name", "data", "out", "words", "prompts", "validation", "prior", "start")
+TASK_KEYS = (
+    *("name", "data", "out", "words", "prompts", "validation", "prior", "start"),
+    *("control", "control_from"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +168,8 @@ class TaskSettings:
     validation: str | None = None
     prior: str | None = None
     start: Path | None = None
+    control: str | None = None
+    control_from: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +293,11 @@ def _refuse_doubles(tasks: tuple[TaskSettings, ...]) -> None:
 
 def _task(entry: dict[str, Any], folder: Path) -> TaskSettings:
     out = entry.get("out") or folder / f"{plain(entry['name'])}.safetensors"
+    if "control_from" in entry and not ("control" in entry or "start" in entry):
+        raise DiffScalerError(
+            f"control_from {entry['control_from']!r} says where control pictures come from; say "
+            f'also what they show, such as control = "edges"'
+        )
     return TaskSettings(**{**entry, "out": out})
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import math
+from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
 from ..task import TaskAdapter
 from .conditioning import Prompts
-from .data.batches import Batches
+from .data.batches import Batch, Batches
 from .denoiser import Denoiser
 from .randomness import generator_for
 
@@ -27,6 +30,7 @@ def validation_loss(
     seed: int = 0,
     precision: str = "no",
     held: bool = False,
+    others: bool = False,
 ) -> float:
     """Returns the mean unweighted loss over every picture at `times` evenly spread times each.
 
@@ -43,15 +47,20 @@ def validation_loss(
         seed: Of the noise.
         precision: As in the config.
         held: True: the base is held still already.
+        others: Give each picture the control of another one: by how much the loss is higher then
+            says how far the task goes by its control. NaN where no two pictures have one shape.
     """
     objective, device = denoiser.objective, denoiser.device
     prompts = prompts.place(device)
     worn = contextlib.nullcontext() if task is None else denoiser.attached({task.name: task})
-    total, seen = 0.0, 0
+    total, seen, counted = 0.0, 0, 0
     with contextlib.nullcontext() if held else denoiser.held(), worn:
-        for part in data.whole(batch):
+        for part in _with_others(data.whole(batch)) if others else data.whole(batch):
             numbers = range(seen, seen + len(part.x0))
             seen += len(part.x0)
+            if others and part.control is None:
+                continue
+            counted += len(part.x0)
             x0, index = part.x0.to(device), part.index.to(device)
             told = prompts(index) if part.condition is None else prompts.mixed(part.condition)
             if part.control is not None:
@@ -70,4 +79,23 @@ def validation_loss(
                 with denoiser.autocast(precision):
                     output = denoiser(x_t, timestep, told)
                 total += float(objective.loss(output, x0, noise, t).sum())
-    return total / (seen * times)
+    return total / (counted * times) if counted else math.nan
+
+
+def _with_others(parts: Iterable[Batch]) -> list[Batch]:
+    """Returns batches with each control moved on by half of all pictures of its shape.
+
+    Pictures lie class by class, so that the control is mostly of another class. A picture that is
+    the only one of its shape loses its control.
+    """
+    kept = list(parts)
+    shapes: dict[torch.Size, list[int]] = {}
+    for i, part in enumerate(kept):
+        if part.control is not None:
+            shapes.setdefault(part.control.shape[1:], []).append(i)
+    for own in shapes.values():
+        controls = torch.cat([c for i in own if (c := kept[i].control) is not None])
+        moved = controls.roll(max(1, len(controls) // 2), 0).split([len(kept[i].x0) for i in own])
+        for i, control in zip(own, moved, strict=True):
+            kept[i] = replace(kept[i], control=control if len(controls) > 1 else None)
+    return kept

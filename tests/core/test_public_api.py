@@ -2,7 +2,7 @@ import diffscaler_core
 
 NAMES = """
 FAMILIES METHODS
-Affiner AffinerStack Attachment DiffScalerError Family MismatchError Target TaskAdapter
+Affiner AffinerStack Attachment Control DiffScalerError Family MismatchError Target TaskAdapter
 TaskFileError UnknownNameError
 __version__ attach combine_tasks find_targets load_task new_task read_info save_task scale_task
 """

@@ -1,6 +1,6 @@
 """One process of a distributed run; started by `accelerate launch` in test_distributed.py.
 
-distributed_run.py KIND OUT    KIND: plain, several or sharded
+distributed_run.py KIND OUT    KIND: one of KINDS
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ from diffscaler_core.training import (
     train_tasks,
 )
 
-#: plain: data parallel and accumulated; several: two tasks at once; sharded: FSDP2.
-KINDS = ("plain", "several", "sharded")
+#: plain: data parallel and accumulated; several: two tasks at once, one with control pictures;
+#: sharded: FSDP2; control: FSDP2 of a control task.
+KINDS = ("plain", "several", "sharded", "control")
 
 
-def data_for(seed):
+def data_for(seed, control=False):
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(1, 8, 4, 8, 8, generator=generator)
-    return TrainingData(latents, torch.arange(8) % 2, ("blue", "red"))
+    controls = latents.sign() if control else None
+    return TrainingData(latents, torch.arange(8) % 2, ("blue", "red"), control=controls)
 
 
 def config_for(kind, processes):
@@ -47,13 +49,17 @@ def config_for(kind, processes):
         save_every=2,
         sample_steps=2,
         perturb="gaussian",
-        shard=kind == "sharded" and processes > 1,
+        shard=kind in ("sharded", "control") and processes > 1,
     )
 
 
 def run(kind, out, accelerator):
     names = ["one", "two"] if kind == "several" else ["one"]
-    runs = [TaskRun(name, data_for(i), words=words_of()) for i, name in enumerate(names)]
+    controls = ["colour" if name == "two" or kind == "control" else "" for name in names]
+    runs = [
+        TaskRun(name, data_for(i, bool(control)), words=words_of(), control=control)
+        for i, (name, control) in enumerate(zip(names, controls, strict=True))
+    ]
     tasks = train_tasks(
         as_denoiser(sd3_pipe()),
         runs,

@@ -38,7 +38,8 @@ def trained(
 def tensors_of(task):
     """Returns all that a task learned, by name."""
     layers = {f"{n}.{p}": t for n, own in task.layers.items() for p, t in own.items()}
-    return {**layers, **{f"prompts.{n}": t for n, t in task.conditioning.items()}}
+    prompts = {f"prompts.{n}": t for n, t in task.conditioning.items()}
+    return {**layers, **prompts, **task.extras}
 
 
 def weights_of(task):

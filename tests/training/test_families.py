@@ -454,6 +454,53 @@ def test_a_task_trains_and_the_base_stays(case):
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+def test_a_control_starts_as_nothing_and_learns(case):
+    """In the trainer's own way: through `Denoiser`, with one row's control left out."""
+    pipe = case.pipe()
+    denoiser = as_denoiser(pipe)
+    component = denoiser.component
+    task = new_task(denoiser.model, rank=4, component=component, control="edges", seed=1)
+    channels = 3 if case.component == "unet" and not case.condition else 4
+    x0, noise = rand(2, channels, *case.size), rand(2, channels, *case.size, seed=8)
+    told = {**case.condition, "control": 3 * rand(2, channels, *case.size, seed=9)}
+    timestep, x_t = denoiser.objective.noisy(x0, noise, torch.tensor([0.3, 0.8]))
+    with denoiser.held():
+        with torch.no_grad():
+            base = denoiser(x_t, timestep, case.condition)
+        with denoiser.attached({"t": task}) as trainable:
+            with torch.no_grad():
+                assert torch.equal(denoiser(x_t, timestep, told), base)
+            trainable.requires_grad_(True)
+            named = trainable.parameters_of("t")
+            optimizer = torch.optim.Adam(named.values(), lr=0.02)
+            losses = []
+            for _ in range(3):
+                output = denoiser(x_t, timestep, told)
+                loss = denoiser.objective.loss(output, x0, noise, torch.tensor([0.3, 0.8])).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                losses.append(float(loss.detach()))
+                optimizer.step()
+            own = {name: p.grad for name, p in named.items() if name in task.extras}
+            assert own.keys() == task.extras.keys()
+            assert all(
+                bool(grad.any()) and bool(torch.isfinite(grad).all()) for grad in own.values()
+            )
+            assert losses[2] < losses[0]
+            with torch.no_grad():
+                kept, left = (
+                    denoiser(x_t, timestep, {**told, "control_kept": torch.tensor(rows)})
+                    for rows in ([1.0, 1.0], [1.0, 0.0])
+                )
+                other = {**told, "control": -told["control"]}
+                shown = denoiser(x_t, timestep, {**other, "control_kept": torch.tensor([1.0, 0.0])})
+            assert torch.equal(left[1], shown[1])
+            assert not torch.allclose(left[1], kept[1])
+            assert not torch.allclose(left[0], shown[0])
+        with torch.no_grad():
+            assert torch.equal(denoiser(x_t, timestep, case.condition), base)
+
+
 def _unread(denoiser: Any, x_t: Tensor, timestep: Tensor, case: Case) -> set[str]:
     """Layers whose own weights move nothing, such as a last block's way back to the text."""
     denoiser.model.requires_grad_(True)

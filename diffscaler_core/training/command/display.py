@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from ..progress import Progress
+from ..progress import BANDS, Progress
 from ..run_folder import RunFolder
 from .plan import duration, size_of
 
@@ -92,9 +93,11 @@ class Display:
             best = now.validation < self._best.get(now.task, math.inf)
             if best:
                 self._best[now.task] = now.validation
-            self.say(
-                f"{at}: validation loss {now.validation:.4f}{' (best so far)' if best else ''}"
-            )
+            said = f"validation loss {now.validation:.4f}{' (best so far)' if best else ''}"
+            if now.validation_other is not None:
+                said += f", {now.validation_other:.4f} with another picture's control"
+                said += f"; training loss by noise {by_noise(now.bands)}"
+            self.say(f"{at}: {said}")
         if now.samples:
             self.say(f"{at}: samples in {self.folder.samples}")
         if now.saved:
@@ -128,6 +131,15 @@ class Encoding:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def by_noise(bands: Sequence[float | None]) -> str:
+    """Returns a loss per noise band as one line: "0–25 % 0.31, 25–50 % 0.18, …"."""
+    return ", ".join(
+        f"{100 * low:.0f}–{100 * high:.0f} % {band:.3f}"
+        for low, high, band in zip(BANDS, BANDS[1:], bands, strict=False)
+        if band is not None and math.isfinite(band)
+    )
 
 
 def _mean(values: dict[str, float]) -> float:

@@ -22,7 +22,7 @@ def finished(task: TaskAdapter, dtype: torch.dtype, picture: Any = None) -> Task
 
     Args:
         task: From `train_task`.
-        dtype: Of the layers in the file.
+        dtype: Of the layers, and of a control affiner, in the file.
         picture: A Pillow image of samples; None: no thumbnail.
     """
     now = datetime.now(timezone.utc).strftime("%Y-%m-%d")
@@ -35,7 +35,8 @@ def finished(task: TaskAdapter, dtype: torch.dtype, picture: Any = None) -> Task
         name: {part: tensor.to(dtype) for part, tensor in tensors.items()}
         for name, tensors in task.layers.items()
     }
-    return task.replace(layers=layers, modelspec=spec).with_info(created=now)
+    extras = {name: tensor.to(dtype) for name, tensor in task.extras.items()}
+    return task.replace(layers=layers, extras=extras, modelspec=spec).with_info(created=now)
 
 
 def last_samples(

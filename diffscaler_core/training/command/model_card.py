@@ -76,6 +76,7 @@ def card_text(
             "## Use",
             _use(repository, list(tasks)),
             "In ComfyUI: put the file into `models/diffscaler`, then *Load DiffScaler Task*.",
+            _control(tasks),
             _prompts(tasks),
             "## Facts",
             facts,
@@ -161,6 +162,43 @@ def _use(repository: str, files: Sequence[str]) -> str:
         f'pipe.load_diffscaler("{repository}"{named})\n'
         "```"
     )
+
+
+def _control(tasks: Mapping[str, TaskAdapter]) -> str:
+    """Returns what the control pictures show and how they are given."""
+    taking = {task.name: task for task in tasks.values() if task.is_control}
+    if not taking:
+        return ""
+    shown = "\n".join(
+        f"- `{name}` takes a control picture that shows: {_kind(task)}."
+        for name, task in taking.items()
+    )
+    return (
+        f"## Control\n\n{shown}\n\n"
+        "```python\n"
+        "with pipe.diffscaler_control(picture, strength=1.0):  # of any size; PIL or tensor\n"
+        "    image = pipe(prompt).images[0]\n"
+        "```\n\n"
+        "In ComfyUI: *DiffScaler Control* takes the task, the picture and the VAE. Without a "
+        "control picture, and at strength 0, the base runs as it is. In the samples each control "
+        "picture stands before what became of it."
+    )
+
+
+def _kind(task: TaskAdapter) -> str:
+    kind = str((task.info.get("control") or {}).get("kind") or "a picture")
+    return _HOW.get(kind, kind)
+
+
+#: Kind of a control that the trainer can make -> how it makes it.
+_HOW = {
+    "edges": "edges (the trainer makes them white on black, by Canny with thresholds 0.1 and 0.2, "
+    "as ComfyUI's *Detect Edges (Canny)* does)",
+    "blur": "a blurred picture",
+    "mask": "a picture with a hole in mid-grey, which is filled",
+    "grey": "a picture without its colours",
+    "low_resolution": "a picture of low resolution, scaled up to full size",
+}
 
 
 def _prompts(tasks: Mapping[str, TaskAdapter]) -> str:

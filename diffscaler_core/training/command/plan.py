@@ -41,6 +41,7 @@ class Plan:
         base_bytes: Bytes they take.
         layers: Layers that get an affiner.
         parts: Part -> how many numbers are trained ("prompts" among them).
+        control: What its control pictures show, and how they are embedded; "": none.
         file_bytes: Of the task file, roughly.
         pictures: How many there are.
         shape: Of one clean sample, (C, h, w).
@@ -69,6 +70,7 @@ class Plan:
     step_seconds: float | None = None
     peak_bytes: int | None = None
     device: str = "cpu"
+    control: str = ""
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -136,6 +138,7 @@ def plan_task(
         optimizer_bytes=trained * per_parameter,
         activation_bytes=activation_bytes(denoiser, config, task, data, prompts) * own,
         device=str(denoiser.device),
+        control=_control(task),
     )
 
 
@@ -169,11 +172,13 @@ def activation_bytes(
         t = torch.full((1,), 0.5, device=device)
         timestep, x_t = denoiser.objective.noisy(x0, noise, t)
         told = prompts.to(device)(index)
+        if first.control is not None:
+            told["control"] = first.control.to(device)
         with (
             torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept),
             denoiser.autocast(config.precision),
         ):
-            denoiser.objective.loss(denoiser.predict(x_t, timestep, told), x0, noise, t)
+            denoiser.objective.loss(denoiser(x_t, timestep, told), x0, noise, t)
     total = sum(seen.values())
     return round(total * (1 / _blocks(task) + _INPUTS)) if config.checkpointing else total
 
@@ -240,6 +245,7 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         ("task", f"{plan.name!r}: {plan.method}"),
         ("base", f"{plan.base}, {plan.base_parameters:,} parameters"),
         ("layers", f"{plan.layers:,}"),
+        *([("control", plan.control)] if plan.control else ()),
         ("trained", f"{plan.trained:,} parameters, {100 * plan.share:.2f} % of the base"),
         ("", trained),
         ("file", f"about {size_of(plan.file_bytes)}"),
@@ -282,7 +288,16 @@ def _parts(task: TaskAdapter) -> dict[str, int]:
     for layer in task.layers.values():
         for part, tensor in layer.items():
             counts[part if part in counts else "subspace"] += tensor.numel()
+    counts["control"] = sum(tensor.numel() for tensor in task.extras.values())
     return {part: count for part, count in counts.items() if count}
+
+
+def _control(task: TaskAdapter) -> str:
+    if not task.is_control:
+        return ""
+    (embedding,) = {name.rpartition(".")[0] for name in task.extras}
+    facts, layer = task.info["control"], embedding.split(".", 2)[2]
+    return f"{facts['kind']}, through {layer}, rank {facts['rank']}"
 
 
 def _blocks(task: TaskAdapter) -> int:

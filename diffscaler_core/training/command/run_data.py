@@ -12,10 +12,12 @@ from ...task import TaskAdapter
 from ..bases.load import default_words
 from ..conditioning import prompts_for
 from ..data.batches import with_one_table
+from ..data.controls import CONTROLS
 from ..data.prepare import TrainingData, encode_folder
+from ..data.sources import CONTROL_FOLDER
 from ..data.streaming import stream
 from ..denoiser import Denoiser
-from ..learner import TaskRun
+from ..learner import TaskRun, control_kind
 from ..settings import RunSettings, TaskSettings
 
 #: With `validation_share`, so many of a stream's first pictures are kept back.
@@ -64,15 +66,19 @@ def load_run(
         DiffScalerError: Pictures or prompts that cannot be had.
     """
     config, size = settings.config, picture_size(settings, denoiser)
+    kind = control_kind(start, task.control)
     if settings.stream:
-        return _streamed(denoiser, settings, task, words, start, size)
+        return _streamed(denoiser, settings, task, words, start, size, kind)
 
-    def encoded(where: str, name: str = task.name, views: bool = True) -> TrainingData:
+    def encoded(
+        where: str, name: str = task.name, views: bool = True, kind: str = kind
+    ) -> TrainingData:
         return encode_folder(
             _place(where),
             size,
             denoiser.encode or (lambda pixels: pixels),
             name=name,
+            **_controls(kind, task.control_from, where if where != task.data else None),
             split=settings.split,
             image=settings.image_column,
             prompt=settings.caption_column,
@@ -93,7 +99,7 @@ def load_run(
         validation = encoded(task.validation, views=False)
         data, validation = with_one_table(data, validation)
     if task.prior is not None:
-        prior = encoded(task.prior, name=Path(task.prior).name)
+        prior = encoded(task.prior, name=Path(task.prior).name, kind="")
     prompts = prompts_for(
         denoiser, data.prompts, task.prompts, words=words, noise=config.prompt_noise,
         seed=config.seed, cache=settings.cache,
@@ -101,8 +107,33 @@ def load_run(
     if prompts.learned:
         _refuse_untrained(data)
     return TaskRun(
-        task.name, data, prompts, words, start, validation=validation, prior=prior, seed=config.seed
-    )
+        task.name, data, prompts, words, start,
+        validation=validation, prior=prior, seed=config.seed, control=kind,
+    )  # fmt: skip
+
+
+def _controls(kind: str, source: str | None, other: str | None = None) -> dict[str, Any]:
+    """Returns where control pictures come from, as `encode_folder` and `stream` are told.
+
+    Args:
+        kind: What they show; "": there are none.
+        source: A name of CONTROLS, a folder, or a column or key; None: by the kind if it is one of
+            CONTROLS, else from beside the pictures, or the first column that is called so.
+        other: Pictures other than the training's: theirs lie beside them, if that folder is there.
+    """
+    if not kind:
+        return {}
+    source = source or (kind if kind in CONTROLS else None)
+    if source in CONTROLS:
+        return {"control_from": source}
+    if source is None:
+        return {"control": True}
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return {"control": source}
+    if other is not None and Path(f"{other.rstrip('/')}{CONTROL_FOLDER}").expanduser().is_dir():
+        return {"control": True}
+    return {"control": folder}
 
 
 def _streamed(
@@ -112,6 +143,7 @@ def _streamed(
     words: TaskAdapter | None,
     start: TaskAdapter | None,
     size: int,
+    kind: str,
 ) -> TaskRun:
     """Returns the run of a stream: captions are encoded on the way, known words looked up once."""
     config = settings.config
@@ -142,9 +174,10 @@ def _streamed(
         flip=settings.flip,
         channels=denoiser.channels,
         validation=STREAM_VALIDATION if config.validation_share else 0,
+        **_controls(kind, task.control_from),
     )
     prompts = prompts_for(denoiser, data.prompts, task.prompts, words=words, seed=config.seed)
-    return TaskRun(task.name, data, prompts, words, start, seed=config.seed)
+    return TaskRun(task.name, data, prompts, words, start, seed=config.seed, control=kind)
 
 
 def _refuse_untrained(data: TrainingData) -> None:

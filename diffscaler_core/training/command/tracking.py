@@ -114,6 +114,9 @@ def numbers(now: Progress) -> dict[str, float]:
         "steps_per_second": now.rate,
         "memory_gib": now.memory / 2**30,
         "validation_loss": math.nan if now.validation is None else now.validation,
+        "validation_loss_other_control": (
+            math.nan if now.validation_other is None else now.validation_other
+        ),
     }
     for i, band in enumerate(now.bands):
         values[f"loss_noise_{100 * BANDS[i]:.0f}_{100 * BANDS[i + 1]:.0f}"] = band

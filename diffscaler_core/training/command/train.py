@@ -29,7 +29,7 @@ from ..loop import train_tasks
 from ..progress import Progress
 from ..run_folder import RunFolder
 from ..settings import SECTIONS, SETTINGS, RunSettings, Setting
-from .display import Display, Encoding
+from .display import Display, Encoding, by_noise
 from .finish import finished, last_samples, sample_file
 from .model_card import check_repository, push
 from .plan import format_plan, plan_task, time_steps
@@ -114,7 +114,8 @@ def _load(settings: RunSettings) -> _Job:
     for run in runs:
         if settings.stream:  # nobody knows how many pictures there are
             continue
-        for line in before_training(settings.config, len(run.data), parameters):
+        config = replace(settings.config, control=run.control or "")
+        for line in before_training(config, len(run.data), parameters):
             console.print(f"{run.name}: {line}", style="yellow", markup=False, highlight=False)
     folder = RunFolder(settings.folder, settings, main=main)
     return _Job(settings, console, accelerator, denoiser, runs, folder)
@@ -125,7 +126,7 @@ def _print_plan(job: _Job) -> None:
     processes = int(job.accelerator.num_processes) if job.accelerator is not None else 1
     plans = []
     for run in job.runs:
-        config = replace(settings.config, name=run.name)
+        config = replace(settings.config, name=run.name, control=run.control or "")
         assert run.prompts is not None  # `load_run` looks them up
         plan = plan_task(
             job.denoiser,
@@ -208,9 +209,11 @@ def _save(
 def _summary(out: Path, facts: Mapping[str, Any], config: TrainingConfig, early: bool) -> str:
     best = facts.get("best_validation_loss")
     checked = f", best validation loss {best:.4f} at step {facts['best_step']}" if best else ""
+    bands = facts.get("loss_by_noise")
+    noise = f", by noise {by_noise(bands)}" if bands else ""
     return (
         f"{out}: {'stopped early, ' if early else ''}{facts['steps_done']} of {config.steps} "
-        f"steps, {facts['images']} pictures, loss {facts['loss'] or 0:.4f}{checked}, "
+        f"steps, {facts['images']} pictures, loss {facts['loss'] or 0:.4f}{noise}{checked}, "
         f"{facts['seconds']:.0f} s"
     )
 
@@ -282,7 +285,7 @@ def _flag(setting: Setting) -> Any:
     default = TrainingConfig.__dataclass_fields__.get(setting.name)
     fallback = RunSettings.__dataclass_fields__.get(setting.name)
     value = getattr(default or fallback, "default", None)
-    told = isinstance(value, (int, float, str)) and setting.name != "name"
+    told = isinstance(value, (int, float, str)) and value != "" and setting.name != "name"
     shown = f"; default {value}" if told and setting.kind is not bool else ""
     names = setting.flags or (f"--{setting.name.replace('_', '-')}",)
     if setting.kind is bool:

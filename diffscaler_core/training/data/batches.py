@@ -96,6 +96,7 @@ class TrainingData:
         ids: What tells pictures apart whatever their order: a hash of each one's content, hex.
             Default: of their latents.
         cropped: Mean share of the pictures' area that was cropped away.
+        control_ids: What tells control pictures apart, as `ids`; empty if nobody says.
     """
 
     latents: Latents | tuple[Latents, ...]
@@ -105,6 +106,7 @@ class TrainingData:
     control: Latents | tuple[Latents, ...] | None = None
     ids: tuple[str, ...] = ()
     cropped: float = 0.0
+    control_ids: tuple[str, ...] = ()
     _plans: dict[tuple[int, int, int], list[tuple[int, Tensor]]] = field(
         default_factory=dict, init=False, repr=False
     )
@@ -194,6 +196,9 @@ class TrainingData:
             index=self.index[chosen],
             control=None if self.control is None else _one_or_all(of(self.controls)),
             ids=ids,
+            control_ids=tuple(
+                own for own, side in zip(self.control_ids, chosen.tolist(), strict=False) if side
+            ),
         )
 
     def split(self, share: float, seed: int = 0) -> tuple[TrainingData, TrainingData]:

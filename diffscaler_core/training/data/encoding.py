@@ -43,6 +43,7 @@ class Item:
         crops: A hash that decides its random crops; a control picture has its picture's.
         control: Its control picture, cut alike.
         cropped: Share of its area that is cut away.
+        cached: False: nobody can name what decides its pixels, so its latents are not kept.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Item:
     crops: str
     control: Item | None = None
     cropped: float = 0.0
+    cached: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +131,11 @@ class Mill:
             _one_or_all([run.latents(part) for part in controls]) if has_control else None,
             tuple(item.digest for item in order),
             sum(item.cropped for item in order) / len(order),
+            tuple(
+                digest_of(item.control.digest, item.control.kind)
+                for item in order
+                if item.control is not None
+            ),
         )
 
 
@@ -221,11 +228,11 @@ class _Run:
                 raise DiffScalerError(
                     f"the VAE gave NaN or Inf for {item.name}; load it in float32"
                 )
-            entries[item, view] = self._kept(self.mill.key(item, view), x0)
+            entries[item, view] = self._kept(item, view, x0)
 
     def _cached(self, item: Item, view: View) -> Entry | None:
         cache = self.mill.cache
-        if cache is None:
+        if cache is None or not item.cached:
             return None
         key = self.mill.key(item, view)
         if self.held >= self.mill.memory:
@@ -237,9 +244,9 @@ class _Run:
         self.held += x0.nbytes
         return x0
 
-    def _kept(self, key: str, x0: Tensor) -> Entry:
+    def _kept(self, item: Item, view: View, x0: Tensor) -> Entry:
         """Returns what was encoded: itself, or its key if memory is full and the cache has it."""
-        cache = self.mill.cache
+        cache, key = self.mill.cache if item.cached else None, self.mill.key(item, view)
         stored = cache is not None and cache.put(key, {"x0": x0})
         if stored and self.held >= self.mill.memory:
             return key
@@ -251,6 +258,8 @@ def _pixels(item: Item, views: Sequence[View]) -> list[Tensor] | ValueError:
     """Returns a picture's views, or why they cannot be had; an error would end a whole pool."""
     try:
         return item.pixels(views) if views else []
+    except DiffScalerError:  # not the picture's fault
+        raise
     except ValueError as error:
         return error
 

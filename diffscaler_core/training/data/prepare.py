@@ -16,6 +16,7 @@ from ..denoiser import Encode
 from .autoencoder import vae_decode, vae_encode
 from .batches import Batch, TrainingData
 from .cache import Cache, digest_of
+from .controls import MakeControl, made, maker_of
 from .encoding import MEMORY, Item, Mill, OnEncode
 from .pixels import (
     Size,
@@ -52,6 +53,7 @@ def encode_folder(
     *,
     name: str = "task",
     control: str | Path | bool = False,
+    control_from: str | MakeControl | None = None,
     split: str = "train",
     image: str | None = None,
     prompt: str | None = None,
@@ -76,6 +78,10 @@ def encode_folder(
         encode: Pixels (B, channels, H, W) in −1..1 -> latents (B, C, h, w).
         name: Prompt of pictures that have none.
         control: Also encode control pictures; see `find_examples`.
+        control_from: Make the control pictures in place of finding them: a name of
+            `controls.CONTROLS`, or a function (pixels (channels, H, W) in −1..1, seed) -> the same
+            shape. It is made of the very view that is trained on. A function of your own is called
+            from several threads, and what it makes is not cached.
         split: Of a data set.
         image: Column of a data set that holds the pictures.
         prompt: Column or key that holds the prompts.
@@ -97,8 +103,15 @@ def encode_folder(
         on_encode: Called with (pictures done, pictures in all).
 
     Raises:
-        DiffScalerError: No picture, pictures that cannot be used, or a VAE that gives NaN.
+        DiffScalerError: No picture, pictures that cannot be used, a VAE that gives NaN, or control
+            pictures both found and made.
     """
+    if control_from is not None and control is not False:
+        raise DiffScalerError(
+            f"control pictures are either found (control {str(control)!r}) or made (control_from): "
+            f"give one of the two"
+        )
+    make = None if control_from is None else maker_of(control_from)
     if isinstance(folder, Sequence) and not isinstance(folder, str):
         examples = list(folder)
     else:
@@ -122,7 +135,7 @@ def encode_folder(
         mill = replace(mill, each=pool.map)
         good, bad = [], []
         # All are tried before the first is encoded.
-        for tried in pool.map(lambda example: _tried(example, sizes, channels, mill), examples):
+        for tried in pool.map(lambda one: _tried(one, sizes, channels, mill, make), examples):
             if isinstance(tried, Item):
                 good.append(tried)
             else:
@@ -135,15 +148,23 @@ def encode_folder(
         return mill.grind(good, bad)
 
 
-def _tried(example: Example, sizes: Sequence[Size], channels: int, mill: Mill) -> Item | str:
+#: How controls are made, and what names it in a cache.
+Maker = tuple[MakeControl, str | None]
+
+
+def _tried(
+    example: Example, sizes: Sequence[Size], channels: int, mill: Mill, make: Maker | None
+) -> Item | str:
     """Returns a picture that can be used, or its name and why it cannot."""
     try:
-        return _item(example, sizes, channels, mill)
+        return _item(example, sizes, channels, mill, make)
     except ValueError as error:
         return f"{example.name} ({error})"
 
 
-def _item(example: Example, sizes: Sequence[Size], channels: int, mill: Mill) -> Item:
+def _item(
+    example: Example, sizes: Sequence[Size], channels: int, mill: Mill, make: Maker | None
+) -> Item:
     """Returns a picture that can be used; it is decoded to know, unless the cache has it.
 
     Raises:
@@ -156,6 +177,8 @@ def _item(example: Example, sizes: Sequence[Size], channels: int, mill: Mill) ->
     kind = f"{channels} channels"
     item = Item(example.name, example.prompt, digest, size, kind, pixels, digest)
     _check(item, data, channels, mill)
+    if make is not None:
+        return replace(item, control=_of_picture(item, make), cropped=cropped_share(have, size))
     if example.control is None:
         return replace(item, cropped=cropped_share(have, size))
     data = example.read_control()
@@ -167,6 +190,17 @@ def _item(example: Example, sizes: Sequence[Size], channels: int, mill: Mill) ->
     except ValueError as error:
         raise ValueError(f"its control picture: {error}") from error
     return replace(item, control=control, cropped=cropped_share(have, size))
+
+
+def _of_picture(item: Item, make: Maker) -> Item:
+    """Returns the control that is made of a picture's own views."""
+    function, name = make
+
+    def pixels(views: Sequence[View]) -> list[Tensor]:
+        return [made(function, view) for view in item.pixels(views)]
+
+    kind = f"{item.kind}, control {name}"
+    return replace(item, prompt="", kind=kind, pixels=pixels, cached=name is not None)
 
 
 def _cutter(
@@ -197,6 +231,7 @@ def encode_pictures(
     encode: Encode,
     *,
     load_control: Callable[[int], Tensor] | None = None,
+    control_from: str | MakeControl | None = None,
     flip: bool = False,
     batch: int = 16,
     cache: str | Path | None = None,
@@ -212,6 +247,7 @@ def encode_pictures(
         prompts: The N pictures' prompts.
         encode: As in `encode_folder`.
         load_control: The same for control pictures, of their pictures' sizes.
+        control_from: Make them of the pictures instead, as in `encode_folder`.
         flip: Also train on the mirrored pictures.
         batch: As in `encode_folder`, like all that follow.
         cache: Folder for latents.
@@ -226,12 +262,22 @@ def encode_pictures(
         raise DiffScalerError("there are no pictures to train on")
     kept = Cache(cache) if cache is not None and encoder_key is not None else None
     mill = Mill(encode, views_of(flip), batch, kept, encoder_key, memory, on_encode=on_encode)
+    make = None if control_from is None else maker_of(control_from)
     items = []
     for i, prompt in enumerate(prompts):
         item = _drawn(i, prompt, load)
-        items.append(
-            item if load_control is None else replace(item, control=_drawn(i, "", load_control))
-        )
+        if make is not None:
+            item = replace(item, control=_of_picture(item, make))
+        elif load_control is not None:
+            control = _drawn(i, "", load_control)
+            if control.size != item.size:
+                (h, w), (height, width) = control.size, item.size
+                raise DiffScalerError(
+                    f"control picture {i + 1} is {w}x{h}, its picture {width}x{height}: give both "
+                    f"at one size"
+                )
+            item = replace(item, control=control)
+        items.append(item)
     return mill.grind(items)
 
 

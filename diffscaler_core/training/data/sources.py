@@ -142,7 +142,10 @@ def find_pictures(
         return found
     beside = folder.with_name(folder.name + CONTROL_FOLDER) if control is True else Path(control)
     if not beside.is_dir():
-        raise DiffScalerError(f"{str(beside)!r} is no folder; give the folder of control pictures")
+        raise DiffScalerError(
+            f"{str(beside)!r} is no folder; give the folder of control pictures, "
+            f"or have them made of the pictures (control_from)"
+        )
     return [_paired(example, beside) for example in found]
 
 

@@ -18,6 +18,7 @@ from ...errors import DiffScalerError, first_names, unknown
 from ..denoiser import Encode
 from ..randomness import generator_for, mixed
 from .batches import Batch
+from .controls import MakeControl, made, maker_of
 from .datasets_library import Columns, cell_bytes, find_columns, load_dataset, load_tars
 from .pixels import View, check_size, cut, decode_picture
 from .sources import DATASETS
@@ -61,6 +62,7 @@ class StreamedData:
         channels: int = 3,
         shuffle: int = 1000,
         validation: int = 0,
+        make_control: MakeControl | None = None,
     ) -> None:
         """Takes a stream as it is; `stream` finds out most of this by itself.
 
@@ -75,11 +77,12 @@ class StreamedData:
             channels: 3, or 1 for grey pictures.
             shuffle: Rows that are held to draw from; 0: the stream's own order.
             validation: How many of the first rows are kept back for `split`.
+            make_control: Makes the control pictures of the pictures.
         """
         self.dataset, self.columns, self.size, self.encode = dataset, columns, size, encode
         self.prompts, self.encode_text = tuple(prompts), encode_text
         self.flip, self.channels, self.shuffle = flip, channels, shuffle
-        self.validation = validation
+        self.validation, self.make_control = validation, make_control
         self.skipped: tuple[str, ...] = ()
         self._numbers = {prompt: number for number, prompt in enumerate(self.prompts)}
         self._length: int | None = None
@@ -142,6 +145,7 @@ class StreamedData:
             flip=self.flip,
             channels=self.channels,
             shuffle=self.shuffle,
+            make_control=self.make_control,
         )
 
     def _groups(self, size: int) -> Iterator[list[Row]]:
@@ -191,7 +195,8 @@ class StreamedData:
             condition = self.encode_text(list(texts))
         else:
             index, condition = torch.tensor([self._number(text) for text in texts]), None
-        control = None if self.columns.control is None else self._encoded(controls)
+        given = [control for control in controls if control is not None]
+        control = self._encoded(given) if given else None
         return Batch(self._encoded(pixels), index, control, condition)
 
     def _encoded(self, pixels: Sequence[Tensor]) -> Tensor:
@@ -211,8 +216,14 @@ class StreamedData:
         try:
             said = row[columns.prompt] if columns.prompt is not None else None
             text = columns.prompt_of(said, self.prompts[0])
-            control = None if columns.control is None else self._pixels(row[columns.control], view)
-            return self._pixels(row[columns.image], view), control, text
+            pixels, control = self._pixels(row[columns.image], view), None
+            if self.make_control is not None:
+                control = made(self.make_control, pixels)
+            elif columns.control is not None:
+                control = self._pixels(row[columns.control], view)
+            return pixels, control, text
+        except DiffScalerError:  # not the row's fault
+            raise
         except (ValueError, OSError) as error:
             name = str(row.get("__key__", "a row"))
             if not self.skipped:
@@ -253,6 +264,7 @@ def stream(
     image: str | None = None,
     prompt: str | None = None,
     control: str | bool = False,
+    control_from: str | MakeControl | None = None,
     flip: bool = False,
     channels: int = 3,
     shuffle: int = 1000,
@@ -273,6 +285,7 @@ def stream(
         image: Column of the pictures; default: the first that holds pictures.
         prompt: Column of the prompts; default: as in `sources.find_examples`, or "cls".
         control: Column of control pictures; True: it has one of CONTROL_KEYS as its name.
+        control_from: Make them of the pictures instead, as in `prepare.encode_folder`.
         flip: Mirror half of the pictures.
         channels: 3, or 1 for grey pictures.
         shuffle: Rows that are held, undecoded, to draw from; 0: the stream's own order.
@@ -282,6 +295,8 @@ def stream(
         DiffScalerError: The library `datasets` is missing, the data cannot be found, or nobody
             says what the prompts are.
     """
+    if control_from is not None and control is not False:
+        raise DiffScalerError("control pictures are either found (control) or made (control_from)")
     dataset = _open(where, split)
     features = dataset.features
     if features is None:
@@ -308,6 +323,7 @@ def stream(
         channels=channels,
         shuffle=shuffle,
         validation=validation,
+        make_control=None if control_from is None else maker_of(control_from)[0],
     )
 
 

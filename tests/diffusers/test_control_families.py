@@ -1,0 +1,508 @@
+"""Every family's patch embedding, by its own diffusers class: what it sees, and what control adds.
+
+`embed_input` says how latents reach the embedding. Here the real model says it, by a hook.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers as d
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffscaler_core import attach, new_task
+from diffscaler_core.control import Control
+from diffscaler_core.errors import DiffScalerError
+from diffscaler_core.families import FAMILIES, token_form
+from diffscaler_core.matching import embedding_at
+from diffscaler_core.targets import resolve
+from diffscaler_core.task import TaskAdapter, embedding_of
+from diffscaler_core.tokens import OPEN_ENDED, embed_input
+from diffscaler_core.training.bases.calls import CALLS, Site
+
+
+def rand(*shape: int, seed: int = 3) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+CONTEXT, POOLED = rand(2, 5, 12), rand(2, 10, seed=4)
+ONES = torch.ones(2, 5, dtype=torch.long)
+STEP = torch.tensor([0.4, 0.4])
+
+
+def by_trainer(family: str, **condition: Tensor) -> Callable[[Any, Tensor], Tensor]:
+    """The call that the trainer makes, which is compared with each stock pipeline's own."""
+
+    def run(model: Any, x: Tensor) -> Tensor:
+        scale = FAMILIES.get(family, FAMILIES["unet2d_condition"]).timestep_scale
+        told = {name: t[: len(x)] for name, t in condition.items()}
+        return CALLS[family].predict(model, x, STEP[: len(x)] * scale, told, Site())
+
+    return run
+
+
+def flux2(model: Any, x: Tensor) -> Tensor:
+    rows, columns = x.shape[2:]
+    axes = [torch.arange(n) for n in (1, rows, columns, 1)]
+    ids = torch.cartesian_prod(*axes).float()
+    return model(
+        hidden_states=x.flatten(2).transpose(1, 2),
+        encoder_hidden_states=CONTEXT[: len(x)],
+        timestep=STEP[: len(x)],
+        img_ids=ids.expand(len(x), -1, -1),
+        txt_ids=torch.zeros(len(x), 5, 4),
+        guidance=STEP[: len(x)],
+        return_dict=False,
+    )[0]
+
+
+def cogvideox(model: Any, x: Tensor) -> Tensor:
+    context = rand(2, 7, 12)[: len(x)]
+    return model(x.transpose(1, 2), context, STEP[: len(x)] * 1000, return_dict=False)[0]
+
+
+def wan(model: Any, x: Tensor) -> Tensor:
+    return model(x, STEP[: len(x)] * 1000, CONTEXT[: len(x)], return_dict=False)[0]
+
+
+def ltx(model: Any, x: Tensor) -> Tensor:
+    frames, height, width = x.shape[2:]
+    tokens = d.LTXPipeline._pack_latents(x, 1, 1)
+    return model(
+        tokens,
+        CONTEXT[: len(x)],
+        STEP[: len(x)] * 1000,
+        ONES[: len(x)],
+        num_frames=frames,
+        height=height,
+        width=width,
+        return_dict=False,
+    )[0]
+
+
+def hunyuan_video(model: Any, x: Tensor) -> Tensor:
+    return model(
+        x,
+        STEP[: len(x)] * 1000,
+        CONTEXT[: len(x)],
+        ONES[: len(x)],
+        POOLED[: len(x)],
+        guidance=STEP[: len(x)] * 1000,
+        return_dict=False,
+    )[0]
+
+
+def hidream(model: Any, x: Tensor) -> Tensor:
+    return model(
+        x,
+        STEP[: len(x)] * 1000,
+        encoder_hidden_states_t5=CONTEXT[: len(x)],
+        encoder_hidden_states_llama3=rand(2, 2, 5, 12)[:, : len(x)],
+        pooled_embeds=POOLED[: len(x)],
+        return_dict=False,
+    )[0]
+
+
+@dataclass
+class Base:
+    """A tiny model of a family.
+
+    Attributes:
+        model: Its diffusers class.
+        config: What makes it tiny.
+        call: (model, latents (B, C, …)) -> output.
+        latents: Shape of two rows of latents, not square where the model allows it.
+    """
+
+    model: Callable[..., nn.Module]
+    config: dict[str, Any]
+    call: Callable[[Any, Tensor], Tensor]
+    latents: tuple[int, ...] = (2, 4, 8, 12)
+    component: str = "transformer"
+
+    def build(self) -> nn.Module:
+        torch.manual_seed(5)
+        model = self.model(**self.config).eval().requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            if "pad_token" in name or (parameter.ndim > 1 and not bool(parameter.any())):
+                nn.init.normal_(parameter, std=0.02)  # it would hide what comes before it
+        return model
+
+    @torch.no_grad()
+    def run(self, model: nn.Module, x: Tensor) -> Tensor:
+        return self.call(model, x)
+
+
+HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
+SMALL = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2}
+UNET = dict(
+    sample_size=16, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=4,
+    layers_per_block=1,
+)  # fmt: skip
+TEXT_UNET = dict(
+    UNET, cross_attention_dim=12, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+)  # fmt: skip
+MASKED = {"context": CONTEXT, "mask": ONES}
+TWO = {"context": CONTEXT, "pooled": POOLED}
+
+BASES = {
+    "sd3": Base(
+        d.SD3Transformer2DModel,
+        dict(
+            SMALL, sample_size=16, patch_size=2, in_channels=4, out_channels=4,
+            caption_projection_dim=16, joint_attention_dim=12, pooled_projection_dim=10,
+            pos_embed_max_size=16,
+        ),
+        by_trainer("sd3", **TWO),
+    ),
+    "flux": Base(
+        d.FluxTransformer2DModel,
+        dict(
+            HEADS, patch_size=1, in_channels=16, num_layers=1, num_single_layers=1,
+            joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=[4, 4, 8],
+        ),
+        by_trainer("flux", **TWO),
+    ),
+    "flux2": Base(
+        d.Flux2Transformer2DModel,
+        dict(
+            HEADS, patch_size=1, in_channels=16, num_layers=1, num_single_layers=1,
+            joint_attention_dim=12, timestep_guidance_channels=8, axes_dims_rope=(4, 4, 4, 4),
+        ),
+        flux2,
+        (2, 16, 4, 6),
+    ),
+    "pixart": Base(
+        d.PixArtTransformer2DModel,
+        dict(
+            num_attention_heads=3, attention_head_dim=8, num_layers=2, patch_size=2,
+            cross_attention_dim=24, caption_channels=12, in_channels=4, out_channels=8,
+            sample_size=16, use_additional_conditions=False,
+        ),
+        by_trainer("pixart", **MASKED),
+    ),
+    "dit": Base(
+        d.DiTTransformer2DModel,
+        dict(
+            SMALL, sample_size=8, patch_size=2, in_channels=4, out_channels=8,
+            num_embeds_ada_norm=1000,
+        ),
+        by_trainer("dit", label=torch.tensor([3, 7])),
+        (2, 4, 8, 8),
+    ),
+    "sana": Base(
+        d.SanaTransformer2DModel,
+        dict(
+            SMALL, in_channels=4, out_channels=4, num_cross_attention_heads=2,
+            cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=12,
+            sample_size=16, patch_size=1,
+        ),
+        by_trainer("sana", **MASKED),
+    ),
+    "lumina2": Base(
+        d.Lumina2Transformer2DModel,
+        dict(
+            sample_size=16, patch_size=2, in_channels=4, hidden_size=24, num_layers=2,
+            num_refiner_layers=1, num_attention_heads=3, num_kv_heads=1, multiple_of=2,
+            axes_dim_rope=(4, 2, 2), axes_lens=(128, 128, 128), cap_feat_dim=12,
+        ),
+        by_trainer("lumina2", **MASKED),
+    ),
+    "z_image": Base(
+        d.ZImageTransformer2DModel,
+        dict(
+            in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+            cap_feat_dim=12, axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
+        ),
+        by_trainer("z_image", **MASKED),
+    ),
+    "qwen_image": Base(
+        d.QwenImageTransformer2DModel,
+        dict(
+            HEADS, patch_size=2, in_channels=16, out_channels=4, num_layers=2,
+            joint_attention_dim=12, axes_dims_rope=(8, 4, 4),
+        ),
+        by_trainer("qwen_image", **MASKED),
+    ),
+    "hunyuan_dit": Base(
+        d.HunyuanDiT2DModel,
+        dict(
+            sample_size=16, num_layers=2, patch_size=2, attention_head_dim=8,
+            num_attention_heads=3, in_channels=4, cross_attention_dim=12,
+            cross_attention_dim_t5=16, pooled_projection_dim=16, hidden_size=24,
+            activation_fn="gelu-approximate", use_style_cond_and_image_meta_size=True,
+            text_len=5, text_len_t5=5,
+        ),
+        by_trainer("hunyuan_dit", **MASKED, context_2=rand(2, 5, 16), mask_2=ONES),
+    ),
+    "auraflow": Base(
+        d.AuraFlowTransformer2DModel,
+        dict(
+            sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_mmdit_layers=1,
+            num_single_dit_layers=1, attention_head_dim=8, num_attention_heads=2,
+            joint_attention_dim=12, caption_projection_dim=16, pos_embed_max_size=256,
+        ),
+        by_trainer("auraflow", context=CONTEXT),
+    ),
+    "cogview4": Base(
+        d.CogView4Transformer2DModel,
+        dict(
+            SMALL, patch_size=2, in_channels=4, out_channels=4, text_embed_dim=12,
+            time_embed_dim=8, condition_dim=4, rope_axes_dim=(16, 16),
+        ),
+        by_trainer("cogview4", context=CONTEXT),
+    ),
+    "cogvideox": Base(
+        d.CogVideoXTransformer3DModel,
+        dict(
+            SMALL, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=12,
+            sample_width=12, sample_height=8, sample_frames=9, max_text_seq_length=7,
+        ),
+        cogvideox,
+        (2, 4, 3, 8, 12),
+    ),
+    "wan": Base(
+        d.WanTransformer3DModel,
+        dict(
+            num_attention_heads=2, attention_head_dim=12, num_layers=2, in_channels=4,
+            out_channels=4, text_dim=12, freq_dim=16, ffn_dim=24, cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
+        ),
+        wan,
+        (2, 4, 3, 8, 12),
+    ),
+    "ltx_video": Base(
+        d.LTXVideoTransformer3DModel,
+        dict(SMALL, in_channels=6, out_channels=6, cross_attention_dim=16, caption_channels=12),
+        ltx,
+        (2, 6, 3, 4, 6),
+    ),
+    "hunyuan_video": Base(
+        d.HunyuanVideoTransformer3DModel,
+        dict(
+            HEADS, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1,
+            num_refiner_layers=1, patch_size=2, patch_size_t=1, guidance_embeds=True,
+            text_embed_dim=12, pooled_projection_dim=10, rope_axes_dim=(4, 6, 6),
+        ),
+        hunyuan_video,
+        (2, 4, 3, 8, 12),
+    ),
+    "chroma": Base(
+        d.ChromaTransformer2DModel,
+        dict(
+            HEADS, patch_size=1, in_channels=16, num_layers=1, num_single_layers=1,
+            joint_attention_dim=12, axes_dims_rope=[4, 4, 8], approximator_num_channels=8,
+            approximator_hidden_dim=16, approximator_layers=1,
+        ),
+        by_trainer("chroma", **MASKED),
+    ),
+    "hidream": Base(
+        d.HiDreamImageTransformer2DModel,
+        dict(
+            patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1,
+            attention_head_dim=8, num_attention_heads=2, caption_channels=[12, 12],
+            text_emb_dim=10, num_routed_experts=2, num_activated_experts=1,
+            axes_dims_rope=(4, 2, 2), max_resolution=(16, 16), llama_layers=[0, 1],
+        ),
+        hidream,
+    ),
+    "sd15": Base(
+        d.UNet2DConditionModel, TEXT_UNET, by_trainer("unet2d_condition", context=CONTEXT),
+        component="unet",
+    ),
+    "sdxl": Base(
+        d.UNet2DConditionModel,
+        dict(
+            TEXT_UNET, addition_embed_type="text_time", addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=34,
+        ),
+        by_trainer("sdxl", **TWO),
+        component="unet",
+    ),
+    "unet2d": Base(
+        d.UNet2DModel,
+        dict(
+            UNET, in_channels=4, out_channels=4,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        ),
+        by_trainer("unet2d"),
+        component="unet",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(params=BASES)
+def base(request: pytest.FixtureRequest) -> Base:
+    return BASES[request.param]
+
+
+def test_every_family_is_here() -> None:
+    names = {type(base.build()).__name__ for base in BASES.values()}
+    assert names == {name for family in FAMILIES.values() for name in family.classes}
+
+
+def heard(base: Base, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the embedding got and gave while the model ran on x."""
+    module = resolve(model, embedding_of(model).name)
+    told: list[tuple[Tensor, Tensor]] = []
+    assert module is not None
+    handle = module.register_forward_hook(lambda m, a, y: told.append((a[0].clone(), y.clone())))
+    base.run(model, x)
+    handle.remove()
+    assert len(told) == 1
+    return told[0]
+
+
+def embedding(model: nn.Module) -> Any:
+    name = embedding_of(model).name
+    return embedding_at(name, resolve(model, name), token_form(type(model).__name__))
+
+
+def test_the_embedding_really_receives_what_embed_input_says(base: Base) -> None:
+    model, x = base.build(), rand(*base.latents)
+    got, _ = heard(base, model, x)
+    said = embed_input(x, embedding(model))
+    if isinstance(model, d.ZImageTransformer2DModel):  # rows one after the other, each filled up
+        count = -(-said.shape[1] // 32) * 32
+        assert got.shape == (2 * count, said.shape[2])
+        assert torch.equal(got.view(2, count, -1)[:, : said.shape[1]], said)
+    elif isinstance(model, d.HiDreamImageTransformer2DModel):  # not square: filled up with zeros
+        assert torch.equal(got[:, : said.shape[1]], said)
+        assert not got[:, said.shape[1] :].any()
+    else:
+        assert torch.equal(got, said)
+
+
+def fresh(base: Base, model: nn.Module) -> TaskAdapter:
+    # the tokens an expert gets do not say which row they are of
+    leave = r".*\.experts\..*" if isinstance(model, d.HiDreamImageTransformer2DModel) else None
+    facts = {"name": "edges", "control": "edges", "component": base.component}
+    return new_task(model, rank=2, exclude=leave, **facts)
+
+
+def trained(task: TaskAdapter, size: float = 0.1) -> TaskAdapter:
+    generator = torch.Generator().manual_seed(7)
+
+    def noise(t: Tensor) -> Tensor:
+        return t + size * torch.randn(t.shape, generator=generator)
+
+    layers = {n: {k: noise(t) for k, t in own.items()} for n, own in task.layers.items()}
+    return task.replace(layers=layers, extras={k: noise(t) for k, t in task.extras.items()})
+
+
+def test_a_new_control_changes_no_bit_and_a_trained_one_does(base: Base) -> None:
+    model, x, z = base.build(), rand(*base.latents), rand(*base.latents, seed=8)
+    task = fresh(base, model)
+    before = base.run(model, x)
+    with attach(model, task) as a:
+        a.set_controls({"edges": Control(z)})
+        assert torch.equal(base.run(model, x), before)
+    with attach(model, trained(task)) as a:
+        assert torch.equal(base.run(model, x), before)  # a task without its control
+        a.set_controls({"edges": Control(z)})
+        one = base.run(model, x)
+        assert (one - before).abs().max() > 1e-4
+        a.set_controls({"edges": Control(z.flip(-1))})
+        assert (base.run(model, x) - one).abs().max() > 1e-5  # the picture matters, not only that
+        a.set_weights(0.0)
+        assert torch.equal(base.run(model, x), before)
+    assert torch.equal(base.run(model, x), before)
+
+
+def test_each_row_has_its_own_control_or_none(base: Base) -> None:
+    model, x, z = base.build(), rand(*base.latents), rand(*base.latents, seed=8)
+    task = trained(fresh(base, model))
+    before = base.run(model, x)
+    with attach(model, task) as a:
+        a.set_controls({"edges": Control(z)})
+        both = base.run(model, x)
+        a.set_controls({"edges": Control(z, rows=torch.tensor([1.0, 0.0]))})
+        mixed = base.run(model, x)
+        assert torch.equal(mixed[1], before[1])
+        torch.testing.assert_close(mixed[0], both[0], atol=1e-5, rtol=1e-4)
+        a.set_controls({"edges": Control(z[:1])})  # one picture for all rows
+        shared = base.run(model, x)
+        torch.testing.assert_close(shared[0], both[0], atol=1e-5, rtol=1e-4)
+        a.set_controls({"edges": Control(z[:1].expand_as(z))})
+        torch.testing.assert_close(base.run(model, x), shared, atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_added_is_the_embedding_seen_through_the_affiner(base: Base) -> None:
+    """In each model's own terms: run it on the control's latents, and use what its layer says."""
+    model, x, z = base.build(), rand(*base.latents), rand(*base.latents, seed=8)
+    task = trained(fresh(base, model))
+    bare = task.replace(layers={})
+    _, y = heard(base, model, x)
+    seen, y_z = heard(base, model, z)
+    own = {name.rpartition(".")[2]: t for name, t in task.extras.items()}
+    module: Any = resolve(model, embedding_of(model).name)
+    shape = (1, -1, *(1,) * (y.ndim - 2)) if own["down"].ndim > 2 else (-1,)
+    bias = 0 if module.bias is None else module.bias.view(shape)
+    if own["down"].ndim > 2:
+        convolve = {4: torch.nn.functional.conv2d, 5: torch.nn.functional.conv3d}[own["down"].ndim]
+        hidden = convolve(seen, own["down"], None, module.stride, module.padding)
+        subspace = torch.einsum("or,br...->bo...", own["up"], hidden)
+    else:
+        subspace = seen @ own["down"].T @ own["up"].T
+    wanted = y + own["scale"].view(shape) * (y_z - bias) + own["shift"].view(shape) + subspace
+    with attach(model, bare) as a:
+        a.set_controls({"edges": Control(z)})
+        _, got = heard(base, model, x)
+    count = embed_input(z, embedding(model)).shape[1]
+    if isinstance(model, d.ZImageTransformer2DModel):  # what fills up gets nothing
+        got, wanted, y = (t.view(2, -1, t.shape[-1]) for t in (got, wanted, y))
+    if got.ndim == 3:
+        assert torch.equal(got[:, count:], y[:, count:])
+        got, wanted = got[:, :count], wanted[:, :count]
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_a_video_takes_one_picture_for_all_its_frames() -> None:
+    for name in ("cogvideox", "wan", "ltx_video", "hunyuan_video"):
+        base = BASES[name]
+        model, x, z = base.build(), rand(*base.latents), rand(*base.latents, seed=8)[:, :, 0]
+        task = trained(fresh(base, model))
+        with attach(model, task) as a:
+            a.set_controls({"edges": Control(z)})
+            still = base.run(model, x)
+            a.set_controls({"edges": Control(z.unsqueeze(2).expand(*base.latents))})
+            torch.testing.assert_close(base.run(model, x), still, atol=1e-5, rtol=1e-4)
+            a.set_controls({"edges": Control(z[:1])})
+            torch.testing.assert_close(base.run(model, x)[0], still[0], atol=1e-5, rtol=1e-4)
+
+
+#: Where a shorter control may be right as well, as far as the layer can tell.
+LENGTH_SAYS_LITTLE = (*OPEN_ENDED, "list", "packed_frames")
+
+
+def test_another_size_or_another_number_of_channels_is_one_clear_error(base: Base) -> None:
+    model, x = base.build(), rand(*base.latents)
+    task = trained(fresh(base, model))
+    shape = base.latents
+    with attach(model, task) as a:
+        for channels in (1, 3, shape[1] + 1, shape[1] * 4):
+            a.set_controls({"edges": Control(rand(1, channels, *shape[2:]))})
+            with pytest.raises(DiffScalerError, match=f"has {channels} channels"):
+                base.run(model, x)
+        form = embedding(model).form.kind
+        for size in ((shape[-2] + 2, shape[-1]), (shape[-2] - 2, shape[-1])):
+            if form in ("list", "filled") or (size[0] < shape[-2] and form in LENGTH_SAYS_LITTLE):
+                continue
+            a.set_controls({"edges": Control(rand(1, *shape[1:-2], *size))})
+            with pytest.raises(DiffScalerError, match="encoded at the size that is drawn"):
+                base.run(model, x)
+        a.set_controls(None)
+        base.run(model, x)
+
+
+def test_sides_that_are_no_multiple_of_a_patch_are_filled_up() -> None:
+    base = BASES["sd3"]
+    model = base.build()
+    got = embed_input(rand(2, 4, 7, 9), embedding(model))
+    assert got.shape == (2, 4, 8, 10)
+    assert torch.equal(got[..., :7, :9], rand(2, 4, 7, 9))
+    assert torch.equal(got[..., 7, :], got[..., 6, :])
