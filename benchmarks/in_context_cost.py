@@ -22,6 +22,7 @@ import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from in_context import FORMS, InContext, targets_of
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffscaler_core import attach, new_task
 from diffscaler_core.control import Control
@@ -140,17 +141,22 @@ def variants(model: nn.Module, control: Tensor) -> dict[str, Variant]:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, inputs: Inputs, variant: Variant) -> float:
-    """Returns the seconds of one call."""
+def measure(model: nn.Module, inputs: Inputs, variant: Variant) -> list[float]:
+    """Returns the seconds of one call; of two, where a call before them does not count."""
     remove = variant.on()
     try:
         if not variant.fresh:  # what is kept from step to step is there already
             model(**inputs)
-        started = time.perf_counter()
-        model(**inputs)
-        return time.perf_counter() - started
+        return [timed(model, inputs) for _ in range(1 if variant.fresh else 2)]
     finally:
         remove()
+
+
+def timed(model: nn.Module, inputs: Inputs) -> float:
+    """Returns the seconds of one call."""
+    started = time.perf_counter()
+    model(**inputs)
+    return time.perf_counter() - started
 
 
 def steps_table(names: list[str], rounds: int) -> None:
@@ -163,7 +169,7 @@ def steps_table(names: list[str], rounds: int) -> None:
         taken: dict[str, list[float]] = {name: [] for name in table}
         for _ in range(rounds):
             for key in random.sample(list(table), len(table)):
-                taken[key].append(measure(model, inputs, table[key]))
+                taken[key].extend(measure(model, inputs, table[key]))
         middle = {key: statistics.median(seconds) for key, seconds in taken.items()}
         print(f"\n{title}\n\n| variant | ms | ratio |\n|---|---|---|")
         for key, seconds in middle.items():
@@ -176,10 +182,7 @@ def steps_table(names: list[str], rounds: int) -> None:
 def parameters_table() -> None:
     """Counts and prints."""
     with torch.device("meta"):
-        models = {
-            "SD3-medium": SD3Transformer2DModel(**SD3),
-            "Flux-dev": FluxTransformer2DModel(**FLUX),
-        }
+        models = {name: full_size(name) for name in ("SD3-medium", "Flux-dev")}
     print("\n| base | method | parameters | of the base | kept at 512 px | at 1024 px |")
     print("|---|---|---|---|---|---|")
     for name, model in models.items():
@@ -205,6 +208,56 @@ def parameters_table() -> None:
             print(f"| {name} | {title} | {own:,} | {100 * own / whole:.2f} % | {sizes} |")
 
 
+def work_table() -> None:
+    """Counts multiplications and additions of a step at full size, without time or noise.
+
+    With LoRA's affiners in place of DiffScaler's: the same products, and no bias is read, which a
+    model on the meta device has not. Ours is its block affiners: what its embedding adds is kept.
+    """
+    print("\n| base | tokens | variant | of the base's work |\n|---|---|---|---|")
+    shapes = (("SD3-medium", 154, sd3_inputs), ("Flux-dev", 512, flux_inputs))
+    for name, text, inputs_of in shapes:
+        for side in (64, 128):
+            with torch.device("meta"):
+                model = full_size(name)
+                inputs = inputs_of(model, side, text, 1)
+                control = torch.randn(1, 16, side, side)
+            base = work(model, inputs)
+            lora = new_task(model, "lora", BLOCK_RANK)
+            with attach(model, lora):
+                counts = {f"ours, rank {BLOCK_RANK}": work(model, inputs)}
+            worn = InContext(model, RANK, method="lora")
+            fill(worn.parameters())
+            worn.set_control(control)
+            counts["in-context, first step"] = work(model, inputs)
+            counts["in-context, next steps"] = work(model, inputs)
+            worn.remove()
+            worn = InContext(model, RANK, method="lora", combine="joint")
+            fill(worn.parameters())
+            worn.set_control(control)
+            work(model, inputs)
+            counts["in-context, joint, next steps"] = work(model, inputs)
+            worn.remove()
+            for title, count in counts.items():
+                tokens = f"{side * side // 4} + {text}"
+                print(f"| {name} | {tokens} | {title} | {count / base:.3f} |", flush=True)
+
+
+@torch.no_grad()
+def work(model: nn.Module, inputs: Inputs) -> int:
+    """Returns the floating-point operations of one call."""
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    return counter.get_total_flops()
+
+
+def full_size(name: str) -> Any:
+    """Returns a base at its published size."""
+    if name == "SD3-medium":
+        return SD3Transformer2DModel(**SD3)
+    return FluxTransformer2DModel(**FLUX)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -214,6 +267,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     parameters_table()
+    work_table()
     steps_table(args.shapes, args.rounds)
     print(f"\nwith: {' '.join(sys.argv)}")
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -98,6 +98,7 @@ class Attachment(nn.Module):
         self._given: dict[str, Control] = {}
         self._bare: list[tuple[Control, Control]] = []
         self._gated = True
+        self._waits = False
         self._grouped: tuple[str, ...] | None = None
         self._hooks: list[tuple[_LayerHook, AffinerStack, Any]] = []
         self._control_handles: list[Any] = []
@@ -185,8 +186,23 @@ class Attachment(nn.Module):
                 self.set_groups(grouped)
         self._give()
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Puts the strengths, rows and controls that are set inside in force at its end, at once.
+
+        What was set before need not fit what is set first.
+        """
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
+            self._put_in_force()
+
     def _put_in_force(self) -> None:
         """Tells the stacks the strengths of every task in every row, and the controls."""
+        if self._waits:
+            return
         self._grouped = None
         now = self._rows
         if now is None:

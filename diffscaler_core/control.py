@@ -147,9 +147,9 @@ class ControlStack(nn.Module):
         A sampler that draws areas apart comes back to each of them in every step.
         """
         known = self._kept.get(self._situation())
-        if known is None or known[1] != self.version:
-            known = None, 0
-        self._added, self._added_version = known
+        if known is not None and known[1] != self.version:
+            known = None
+        self._added, self._added_version = (None, 0) if known is None else known
 
     def _situation(self) -> Any:
         weights = (self._weights.shape, *self._weights.flatten().tolist())

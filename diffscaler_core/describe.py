@@ -29,13 +29,14 @@ def _rows(task: TaskAdapter) -> Iterator[tuple[str, str]]:
     yield "license", str(info.get("license") or spec.get("license") or "")
     yield "made for", _base(info.get("base") or {})
     yield "method", _method(task)
-    yield "layers", str(len(task.layers)) if task.layers else "none (stored prompts only)"
+    alone = "control alone" if task.is_control else "stored prompts only"
+    yield "layers", str(len(task.layers)) if task.layers else f"none ({alone})"
     yield "rank", _rank(task)
     yield "parameters", f"{task.num_parameters:,}"
     yield "size", f"{_bytes(task.nbytes)} ({_dtypes(task)})"
     yield "prompts", ", ".join(map(repr, task.prompts))
     yield "trigger", str(info.get("trigger") or "")
-    yield "control", _pairs(info.get("control") or {})
+    yield "control", _control(info.get("control") or {})
     yield "combined from", _sources(info.get("combined_from") or ())
     yield "training", _pairs(info.get("training") or {})
     yield "created", str(info.get("created") or spec.get("date") or "")
@@ -56,6 +57,19 @@ def _method(task: TaskAdapter) -> str:
     source = METHODS[name].source if name in METHODS else ""
     text = f"{name}: {', '.join(parts)}" if parts else name
     return f"{text} [{source}]" if source else text
+
+
+def _control(facts: dict[str, Any]) -> str:
+    """Returns what the control pictures show, and how they are embedded."""
+    if not facts:
+        return ""
+    embedding, rank = facts.get("embedding", "affiner"), facts.get("rank")
+    how = {
+        "affiner": f"the base's own embedding, {facts.get('activation', 'relu')} subspace",
+        "copy": "a copy of the base's embedding",
+    }.get(str(embedding), str(embedding))
+    of_rank = f" of rank {rank}" if rank is not None and embedding != "copy" else ""
+    return f"{facts.get('kind', 'pictures')}, through {how}{of_rank}"
 
 
 def _rank(task: TaskAdapter) -> str:

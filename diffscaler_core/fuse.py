@@ -53,6 +53,12 @@ def fuse_diffscaler(
     if not names:
         raise DiffScalerError("no task is active, so there is nothing to fuse; load or set one")
     check_unfused(pipe, "fuse more than")
+    controls = {n for s in states_of(pipe) for n in names if n in s.tasks and s.tasks[n].is_control}
+    if controls:
+        raise DiffScalerError(
+            f"cannot fuse the control task {', '.join(sorted(controls))}: it acts only where there "
+            f"is a control picture, and weights act everywhere"
+        )
     if not all(state.enabled for state in states_of(pipe)):
         raise DiffScalerError("tasks are disabled; call enable_diffscaler() before fusing")
     chosen = [(state, [n for n in names if n in state.tasks]) for state in states_of(pipe)]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .affiner import Affiner
 from .attach import Attachment
+from .control import ControlStack
 from .errors import MismatchError, first_names
-from .task import TaskAdapter
+from .task import CONTROL, TaskAdapter
 
 
 def check_hotswap(
@@ -24,14 +26,20 @@ def check_hotswap(
     Raises:
         MismatchError: It does not fit; the attachment is as it was.
     """
-    for fact, default in (("activation", "relu"), ("scale_includes_bias", False)):
-        values = old.info.get(fact, default), new.info.get(fact, default)
+    facts = [
+        (fact, old.info.get(fact, default), new.info.get(fact, default))
+        for fact, default in (("activation", "relu"), ("scale_includes_bias", False))
+    ]
+    if old.is_control and new.is_control:
+        known = (task.control_facts.get("activation", "relu") for task in (old, new))
+        facts.append(("control's activation", *known))
+    for fact, *values in facts:
         if values[0] != values[1]:
             raise MismatchError(
                 f"task {new.name!r} cannot be swapped in for {name!r}: its {fact} is "
                 f"{values[1]!r}, not {values[0]!r}; load it under a new name"
             )
-    layers = new.component_layers(component)
+    layers = _layers(new, component)
     affiners = _affiners(attachment, name)
     problems = [layer for layer in layers if layer not in affiners]
     for layer, affiner in affiners.items():
@@ -53,16 +61,19 @@ def swap_tensors(attachment: Attachment, name: str, new: TaskAdapter, component:
 
     Strengths must be set again afterwards, so that the folded copies follow.
     """
-    layers = new.component_layers(component)
-    gain = float(new.info.get("gain", 1.0))
+    layers = _layers(new, component)
     for layer, affiner in _affiners(attachment, name).items():
         own = layers.get(layer, {})
+        facts = new.control_facts if layer.startswith(CONTROL) else new.info
+        gain = float(facts.get("gain", 1.0))
         for part, room in affiner.tensors().items():
             room.zero_()
             if part in own:
                 # the attached gain is baked into compiled code; U carries the difference
                 factor = gain / affiner.gain if part == "up" and affiner.gain else 1.0
                 room[tuple(map(slice, own[part].shape))].copy_(own[part].float() * factor)
+    for stack in attachment.controls:
+        stack.unsettle()  # type: ignore[operator]
 
 
 def _has_room(part: str, room: Tensor, tensor: Tensor) -> bool:
@@ -73,10 +84,17 @@ def _has_room(part: str, room: Tensor, tensor: Tensor) -> bool:
     )
 
 
+def _layers(task: TaskAdapter, component: str) -> dict[str, Mapping[str, Tensor]]:
+    """Returns a task's tensors on one model, its control affiner's under "control.<layer>"."""
+    control = {f"{CONTROL}{n}": own for n, own in task.control_layers(component).items()}
+    return {**task.component_layers(component), **control}
+
+
 def _affiners(attachment: Attachment, name: str) -> Mapping[str, Affiner]:
     slot = attachment.names.index(name)
+    stacks: list[Any] = [*attachment.stacks, *attachment.controls]
     return {
-        stack.name: stack.affiners[stack.slots.index(slot)]  # type: ignore
-        for stack in attachment.stacks
-        if slot in stack.slots  # type: ignore[operator]
+        f"{CONTROL if isinstance(stack, ControlStack) else ''}{stack.name}": stack.affiner_of(slot)
+        for stack in stacks
+        if slot in stack.slots
     }

@@ -100,7 +100,8 @@ def read_task(source: Source, **where: Any) -> TaskAdapter:
         return load_task(find_task_file(source, **where))
     # a copy: hotswap and training write into tensors, and those of the caller are the caller's
     own = {n: {k: t.detach().clone() for k, t in ts.items()} for n, ts in task.layers.items()}
-    return task.replace(layers=own)
+    extras = {name: tensor.detach().clone() for name, tensor in task.extras.items()}
+    return task.replace(layers=own, extras=extras)
 
 
 def models_for(
@@ -162,8 +163,12 @@ def swap_task(name: str, task: TaskAdapter, models: Mapping[str, nn.Module]) -> 
     for state, attachment, component in running:
         check_hotswap(attachment, name, state.tasks[name], task, component)
     for state, attachment, component in running:
-        gain = state.tasks[name].info.get("gain", 1.0)
+        before = state.tasks[name].info
         swap_tensors(attachment, name, task, component)
-        # what was loaded first keeps its gain: it is part of the attached affiners
-        state.tasks[name] = task.with_info(gain=gain)
+        # what was loaded first keeps its gains: they are part of the attached affiners
+        kept: dict[str, Any] = {"gain": before.get("gain", 1.0)}
+        if before.get("control"):
+            own = task.info.get("control") or {}
+            kept["control"] = {**own, "gain": before["control"].get("gain", 1.0)}
+        state.tasks[name] = task.with_info(**kept)
         state.apply()

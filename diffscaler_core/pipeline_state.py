@@ -1,4 +1,4 @@
-"""What a pipeline's model remembers about its tasks: names, strengths, rows.
+"""What a pipeline's model remembers about its tasks: names, strengths, rows, controls.
 
 The state hangs on the model, outside its state_dict, so that every pipeline made of the same
 components sees the same tasks and a deep copy of the model has its own. All tasks of a model share
@@ -7,24 +7,28 @@ one `Attachment`: one matrix of strengths, so that batch rows can mix any of the
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .attach import Attachment, Row, Weight, attach
 from .errors import DiffScalerError
 from .matching import QKV, has_fused_qkv
+from .pipeline_call import Call, spread
 from .targets import resolve
 from .task import TaskAdapter
 
+if TYPE_CHECKING:
+    from .control_request import ControlRequest
+
+logger = logging.getLogger(__name__)
+
 _KEY = "_diffscaler"
-#: What diffusers' denoisers call their latents.
-_LATENTS = ("hidden_states", "sample", "x")
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,9 @@ class ModelState:
         weights: name -> strength of the active tasks; the others are loaded and rest.
         enabled: False: no task acts, whatever `weights` and `rows` say.
         rows: What rows run, or None.
+        held: Controls that stay until they are taken away.
+        contexts: Controls of the contexts that are open, the innermost last.
+        settled: True: calls need no look at their batch.
         attachment: All tasks that act through hooks, or None.
         fused: What `fuse.py` folded into the model's weights, or None.
     """
@@ -61,11 +68,19 @@ class ModelState:
     weights: dict[str, Weight] = field(default_factory=dict)
     enabled: bool = True
     rows: RowRequest | None = None
+    held: list[ControlRequest] = field(default_factory=list)
+    contexts: list[ControlRequest] = field(default_factory=list)
+    settled: bool = True
     attachment: Attachment | None = None
     fused: Any = None
-    _batch: int | None = None  # the batch size whose rows are in force
+    _situation: Any = None  # of the call whose rows and controls are in force
+    _warned: set[str] = field(default_factory=set)
     _handle: Any = None
     _owners: list[nn.Module] = field(default_factory=list)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out the controls, which know their pipeline: a copied model has none."""
+        return {**self.__dict__, "held": [], "contexts": [], "_situation": None}
 
     def build(
         self,
@@ -110,7 +125,8 @@ class ModelState:
         task = self.tasks[name]
         if self.attachment is None or name not in self.attachment.names or self.is_fused(name):
             return task
-        return task.replace(layers=self.attachment.task(name).layers)
+        now = self.attachment.task(name)
+        return task.replace(layers=now.layers, extras=now.extras)
 
     def running_tasks(self) -> dict[str, TaskAdapter]:
         """Returns what acts by hooks, as it is now; of a fused task only what could not fold."""
@@ -125,24 +141,47 @@ class ModelState:
         return self.fused is not None and name in self.fused.weights
 
     def apply(self) -> None:
-        """Puts the strengths in force; rows follow at the model's next call."""
-        self._batch = None
+        """Puts the strengths in force; rows and controls follow at the model's next call."""
+        self.held = [request for request in self.held if request.name in self.tasks]
+        self._look_anew()
         if self.attachment is not None:
-            known = self.attachment.names
-            wanted = {**self.weights, **(self.fused.weights if self.fused else {})}
-            on = {n: w for n, w in wanted.items() if n in known} if self.enabled else {}
-            self.attachment.set_weights(on)
+            with self.attachment.together():
+                self.attachment.set_weights(self._wanted() if self.enabled else {})
+                self.attachment.set_controls(None)
+
+    def _wanted(self) -> dict[str, Weight]:
+        """Returns the strengths of all active tasks that act by hooks."""
+        known = self.attachment.names if self.attachment is not None else ()
+        wanted = {**self.weights, **(self.fused.weights if self.fused else {})}
+        return {name: weight for name, weight in wanted.items() if name in known}
 
     @contextmanager
     def running(self, request: RowRequest) -> Iterator[None]:
         """Runs rows until the context ends, then what was in force before."""
         before, self.rows = self.rows, request
-        self._batch = None
+        self._look_anew()
         try:
             yield
         finally:
             self.rows = before
             self.apply()
+
+    @contextmanager
+    def controlled(self, request: ControlRequest) -> Iterator[None]:
+        """Gives a control task its picture until the context ends."""
+        self.contexts.append(request)
+        self._look_anew()
+        try:
+            yield
+        finally:
+            self.contexts.remove(request)
+            self.apply()
+
+    def hold_control(self, name: str | None, request: ControlRequest | None) -> None:
+        """Gives a control task its picture until it gets another; None for all of them, or none."""
+        self.held = [own for own in self.held if name is not None and own.name != name]
+        self.held += [] if request is None else [request]
+        self.apply()
 
     def check_qkv(self) -> None:
         """Raises if `fuse_qkv_projections` took layers out of use since their task was loaded."""
@@ -158,33 +197,95 @@ class ModelState:
         owners = (resolve(self.model, parent) for parent in parents if parent)
         return [owner for owner in owners if owner is not None]
 
-    @torch.compiler.disable  # rows are set between calls, never inside a graph
-    def set_rows_for(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Spreads the rows in force over the batch of a call about to be made."""
-        batch = batch_size(args, kwargs)
-        if self.rows is None or self.attachment is None or not self.enabled or batch == self._batch:
-            return
-        spread = spread_rows(self.rows, batch)
-        self.attachment.set_rows([self._own(row) for row in spread])
-        self._batch = batch
+    def _look_anew(self) -> None:
+        """Makes the next call look at its batch, if there is anything to look for."""
+        self._situation = None
+        asked = self.rows is not None or self.held or self.contexts or self._unmet()
+        self.settled = not asked
 
-    def _own(self, row: Row) -> Row:
-        """A row without the tasks that other components have and this one has not."""
-        mix = {row: 1.0} if isinstance(row, str) else row or {}
+    @torch.compiler.disable  # rows and controls are set between calls, never inside a graph
+    def settle(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Spreads rows and controls over the batch of a call about to be made."""
+        if self.attachment is None or not self.enabled:
+            return
+        for name in self._unmet():
+            logger.warning(
+                "control task %r was given no picture, so it rests: "
+                "with pipe.diffscaler_control(image): …",
+                name,
+            )
+            self._warned.add(name)
+            self._look_anew()
+        call = Call(self.model, args, kwargs)
+        requests = {own.name: own for own in (*self.held, *self.contexts)}  # the innermost last
+        own = {name: request.situation(call) for name, request in requests.items()}
+        situation = (call.batch, call.prompts, own)
+        if situation == self._situation:
+            return
+        self._situation = None
+        controls = {n: requests[n].control(call) for n in own if own[n] is not None}
+        with self.attachment.together():
+            if self.rows is None:
+                self.attachment.set_weights(self._with_controls(self._wanted(), requests, controls))
+            else:
+                entries, _ = spread(
+                    len(self.rows.rows), self.rows.images, call, "diffscaler_rows", "rows"
+                )
+                mixes = self._mixes(self.rows.rows, requests, controls)
+                self.attachment.set_rows([mixes[entry] for entry in entries])
+            self.attachment.set_controls({n: c for n, c in controls.items() if c is not None})
+        self._situation = situation
+
+    def _mixes(
+        self,
+        rows: Sequence[Row],
+        requests: Mapping[str, ControlRequest],
+        controls: Mapping[str, Any],
+    ) -> list[dict[str, Weight]]:
+        """Returns what each row runs. A control task that no row names acts in all of them."""
         known = self.attachment.names if self.attachment is not None else ()
-        return {name: weight for name, weight in mix.items() if name in known}
+        plain = [{row: 1.0} if isinstance(row, str) else dict(row or {}) for row in rows]
+        named = {name for mix in plain for name in mix}
+        mixes = []
+        for mix in plain:
+            own = {name: weight for name, weight in mix.items() if name in known}
+            acting = {n: c for n, c in controls.items() if n in mix or n not in named}
+            mixes.append(self._with_controls(own, requests, acting))
+        return mixes
+
+    def _with_controls(
+        self,
+        weights: Mapping[str, Weight],
+        requests: Mapping[str, ControlRequest],
+        controls: Mapping[str, Any],
+    ) -> dict[str, Weight]:
+        """Returns the strengths with those of the controls multiplied in."""
+        acting = {n: requests[n].weight(weights.get(n, 1.0)) for n in controls}
+        return {n: w for n, w in weights.items() if n not in requests} | acting
+
+    def _unmet(self) -> list[str]:
+        """Returns the control tasks that should act, have no picture, and were not named before."""
+        if self.attachment is None or not self.enabled:
+            return []
+        rows = () if self.rows is None else self.rows.rows
+        named = {n for row in rows for n in ([row] if isinstance(row, str) else row or ())}
+        met = {own.name for own in (*self.held, *self.contexts)} | self._warned
+        return [n for n in {*self.weights, *named} - met if n in self.tasks and self._acts(n)]
+
+    def _acts(self, name: str) -> bool:
+        return self.tasks[name].is_control and self.weights.get(name, 1.0) != 0
 
 
 class _CallHook:
-    """Runs before the model's forward, because only there is the batch size known."""
+    """Runs before the model's forward, because only there is the batch known."""
 
     def __init__(self, state: ModelState) -> None:
         self.state = state
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.state.check_qkv()
-        if self.state.rows is not None:
-            self.state.set_rows_for(args, kwargs)
+        if not self.state.settled:
+            self.state.settle(args, kwargs)
 
 
 def state_of(model: nn.Module) -> ModelState | None:
@@ -195,71 +296,3 @@ def state_of(model: nn.Module) -> ModelState | None:
 def bare(model: nn.Module) -> nn.Module:
     """Returns the model below torch.compile's wrapper."""
     return getattr(model, "_orig_mod", model)
-
-
-def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """Returns how many samples a denoiser is called with.
-
-    Raises:
-        DiffScalerError: The call has no latents under a name diffusers uses.
-    """
-    latents = args[0] if args else next((kwargs[n] for n in _LATENTS if n in kwargs), None)
-    if isinstance(latents, Tensor | list | tuple):
-        return len(latents)
-    raise DiffScalerError(
-        f"rows are set, but this call has no {', '.join(_LATENTS)} to count the batch by"
-    )
-
-
-def spread_rows(request: RowRequest, batch: int) -> list[Row]:
-    """Returns one row per sample of the batch, in diffusers' order.
-
-    Each prompt's pictures lie together (repeat_interleave); classifier-free guidance in one batch
-    puts a second half, in the same order, behind the first (tile), whichever half is the
-    unconditional one. Guidance by two calls has batches without halves.
-
-    Raises:
-        DiffScalerError: The batch does not fit the number of rows.
-    """
-    count = len(request.rows)
-    if request.images is None:
-        prompts, images = _pipeline_call()
-    else:
-        prompts, images = None, request.images
-    if prompts is not None and prompts != count:
-        raise DiffScalerError(
-            f"diffscaler_rows got {count} rows, but the pipeline runs {prompts} prompts: give one "
-            f"entry per prompt, None for the base (or say num_images_per_prompt= as well, should "
-            f"this pipeline count pictures as prompts)"
-        )
-    if images is None:
-        images, halves = 1, int(batch == count)
-    else:
-        halves = batch // (count * images) if batch % (count * images) == 0 else 0
-    if not halves:
-        raise DiffScalerError(
-            f"{count} rows do not fit a batch of {batch}: outside a diffusers pipeline say how the "
-            f"batch is built: diffscaler_rows(rows, num_images_per_prompt=…)"
-        )
-    return [row for row in request.rows for _ in range(images)] * halves
-
-
-def _pipeline_call() -> tuple[int | None, Any]:
-    """Returns (prompts, pictures per prompt) of the pipeline call under way, or (None, None).
-
-    A denoiser is never told how its batch came about, and pipelines differ in what they expose; but
-    all of them hold both numbers in local variables of `__call__`, so they are read there.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "__call__":
-            names = frame.f_locals
-            if hasattr(type(names.get("self")), "components") and "batch_size" in names:
-                per_prompt = [v for n, v in names.items() if _counts_pictures(n) and v is not None]
-                return names["batch_size"], per_prompt[0] if per_prompt else 1
-        frame = frame.f_back  # type: ignore[assignment]
-    return None, None
-
-
-def _counts_pictures(name: str) -> bool:
-    return name in ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")

@@ -24,6 +24,7 @@ from .errors import DiffScalerError
 from .files import save_task
 from .fuse import fuse_diffscaler, unfuse_diffscaler
 from .hub import FILE_NAME
+from .pipeline_control import diffscaler_control, set_diffscaler_control
 from .pipeline_models import (
     Source,
     add_task,
@@ -261,7 +262,9 @@ def save_diffscaler(
     check_names(pipe, [adapter_name])
     parts = [s.current(adapter_name) for s in states_of(pipe) if adapter_name in s.tasks]
     layers = {name: tensors for part in parts for name, tensors in part.layers.items()}
-    return save_task(parts[0].replace(layers=layers), Path(directory) / weight_name)
+    extras = {name: tensor for part in parts for name, tensor in part.extras.items()}
+    task = parts[0].replace(layers=layers, extras=extras)
+    return save_task(task, Path(directory) / weight_name)
 
 
 def add_methods(*functions: Callable[..., Any]) -> None:
@@ -289,6 +292,8 @@ add_methods(
     enable_diffscaler,
     disable_diffscaler,
     diffscaler_rows,
+    diffscaler_control,
+    set_diffscaler_control,
     get_list_diffscalers,
     get_active_diffscalers,
     delete_diffscaler,

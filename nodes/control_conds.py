@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..diffscaler_core import DiffScalerError
 from ..diffscaler_core.control import Control
+from ..diffscaler_core.pictures import covered
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +165,9 @@ class ControlPicture:
         frames = size[0] if size else 1
         ratio = self.vae.spacial_compression_encode()
         images = self._images[..., :3]
-        pixels = covering(images.movedim(-1, 1), height * ratio, width * ratio).movedim(1, -1)
+        # as it is cut in training, and in diffusers
+        pixels = covered(images.movedim(-1, 1).float(), (height * ratio, width * ratio))
+        pixels = pixels.clamp(0, 1).movedim(1, -1)
         pixels = pixels.expand(*pixels.shape[:-1], 3)
         if frames > 1 and len(pixels) > 1:
             latents = self._video(self.vae.encode(pixels), frames)
@@ -335,14 +338,6 @@ def _placed_cond(
             at = one.placed or one.picture.placed(model, shape)
             placed[key] = ControlCond(one.picture, one.is_on, at)
     return {**cond, "model_conds": {**own, **placed}} if placed else cond
-
-
-def covering(pictures: Tensor, height: int, width: int) -> Tensor:
-    """Returns pictures (N, C, H, W) at a size: the largest part of that shape from their middle."""
-    if pictures.shape[-2:] == (height, width):
-        return pictures
-    part = middle(pictures, height, width)
-    return F.interpolate(part, (height, width), mode="bilinear", antialias=True).clamp(0, 1)
 
 
 def middle(pictures: Tensor, height: int, width: int) -> Tensor:

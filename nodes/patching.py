@@ -24,13 +24,10 @@ from torch import Tensor, nn
 from ..diffscaler_core import DiffScalerError, TaskAdapter
 from ..diffscaler_core.affiner import PARTS
 from ..diffscaler_core.control import Control
-from ..diffscaler_core.errors import MismatchError
-from ..diffscaler_core.matching import embedding_at
-from ..diffscaler_core.targets import resolve
-from ..diffscaler_core.tokens import patch_of
 from .carrier import Carrier, TaskParameters, is_running
+from .control_checks import check_embedding, check_vae, control_kind
 from .control_conds import PREFIX, ControlPicture, ControlRows, placed_conds
-from .keymap import native_controls, native_layers, native_token_form
+from .keymap import native_controls, native_layers
 
 KEY = "diffscaler"
 #: A conditioning's `model_conds` entry: strengths per batch row, (1 or B, number of tasks).
@@ -102,7 +99,7 @@ def apply_task(
     """
     if task.is_control:
         raise DiffScalerError(
-            f"task {task.name!r} takes a control picture ({_kind(task)}): connect it to "
+            f"task {task.name!r} takes a control picture ({control_kind(task)}): connect it to "
             f"DiffScaler Control"
         )
     return _applied(model, task, _per_part(strength), start_percent, end_percent, component)
@@ -139,7 +136,7 @@ def apply_control(
             f"task {task.name!r} takes no control picture: connect it to Apply DiffScaler Task, or "
             f"load a task that was trained with control pictures"
         )
-    _check_vae(model, picture)
+    check_vae(model, picture)
     return _applied(
         model, task, _per_part(strength), start_percent, end_percent, component, picture.key
     )
@@ -361,7 +358,7 @@ def _patcher_of(task: TaskAdapter, model: ModelPatcher, component: str | None) -
     layers = native_layers(task, model.model, component)
     controls = native_controls(task, model.model, component)
     if task.is_control:
-        _check_embedding(task, model.model, controls)
+        check_embedding(task, model.model, controls)
     held = (*layers.items(), *controls.items())
     shapes = tuple((name, tuple(t.shape)) for name, own in held for t in own.values())
     place = (model.model.get_dtype_inference().itemsize, model.load_device, model.offload_device)
@@ -370,48 +367,6 @@ def _patcher_of(task: TaskAdapter, model: ModelPatcher, component: str | None) -
         parameters = TaskParameters(layers, task.info, controls, task.control_facts)
         known[shapes, place] = _new_patcher(parameters, *place)
     return known[shapes, place]
-
-
-def _check_vae(model: ModelPatcher, picture: ControlPicture) -> None:
-    """Raises if there is no VAE, or one whose latents this model does not draw."""
-    vae = picture.vae
-    if vae is None or getattr(vae, "first_stage_model", None) is None:
-        raise DiffScalerError(
-            f"no VAE to encode the control image of {picture.name!r} with: the checkpoint holds "
-            f"none, connect Load VAE with the base's own"
-        )
-    made, drawn = vae.latent_channels, model.model.latent_format.latent_channels
-    if made != drawn:
-        raise DiffScalerError(
-            f"the VAE makes latents of {made} channels, but this {type(model.model).__name__} "
-            f"draws {drawn}: connect the base's own VAE"
-        )
-
-
-def _check_embedding(
-    task: TaskAdapter, model: Any, controls: Mapping[str, Mapping[str, Tensor]]
-) -> None:
-    """Raises if a model of this class has no control affiner, or embeds more than its latents."""
-    if not controls:
-        raise MismatchError(
-            f"the control task {task.name!r} has no control for this component; choose another "
-            f"of {', '.join(task.components)}"
-        )
-    channels = model.latent_format.latent_channels
-    for name in controls:
-        embedding = embedding_at(name, resolve(model, name), native_token_form(model))
-        try:
-            patch_of(embedding, channels)
-        except DiffScalerError:
-            raise MismatchError(
-                f"this {type(model).__name__} embeds {embedding.in_features} numbers where its "
-                f"{channels} latent channels do not fill them alone (an inpainting, edit or "
-                f"image-to-video base?): a control needs a base that embeds only what it draws"
-            ) from None
-
-
-def _kind(task: TaskAdapter) -> str:
-    return str((task.info.get("control") or {}).get("kind", "of a kind its file does not say"))
 
 
 def _new_patcher(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +17,9 @@ from ..diffscaler_core.training.data.batches import TrainingData
 from ..diffscaler_core.training.data.controls import CONTROLS
 from ..diffscaler_core.training.data.pixels import Size, View, check_size, cut
 from ..diffscaler_core.training.denoiser import Encode
+from ..diffscaler_core.training.learner import control_kind
 
-NO_CONTROL = "(none)"
+NO_CONTROL = "(none)"  # of folders too
 
 
 def control_choices() -> list[str]:
@@ -60,6 +62,47 @@ class ControlSource:
 
 
 NOTHING = ControlSource()
+
+
+def control_of(inputs: Mapping[str, Any]) -> tuple[str, ControlSource]:
+    """Returns what the control pictures show, "" if there are none, and where they come from.
+
+    Args:
+        inputs: The training node's.
+
+    Raises:
+        DiffScalerError: Several sources; none, though it is said what they show; or nobody says.
+    """
+    made = inputs.get("control_from") or NO_CONTROL
+    folder = inputs.get("control_folder") or NO_CONTROL
+    images = tuple(inputs.get("control_images") or ())
+    given = {
+        f"control_from {made!r}": made != NO_CONTROL,
+        f"control_folder {folder!r}": folder != NO_CONTROL,
+        "control_images": bool(images),
+    }
+    said = [name for name, there in given.items() if there]
+    kind = str(inputs.get("control") or "").strip()
+    start = inputs.get("task")
+    if not said and not kind and (start is None or not start.is_control):
+        return "", NOTHING
+    if len(said) != 1:
+        raise DiffScalerError(
+            f"a task that takes control pictures needs one source of them, got "
+            f"{' and '.join(said) or 'none'}: choose control_from or control_folder, or connect "
+            f"control_images"
+        )
+    if not kind and made != NO_CONTROL:
+        kind = made
+    kind = kind or control_kind(start, None)
+    if not kind:
+        raise DiffScalerError(
+            f"{said[0]} is given: say in 'control' what the control pictures show, such as depth"
+        )
+    source = ControlSource(
+        made if made != NO_CONTROL else None, folder if folder != NO_CONTROL else None, images
+    )
+    return kind, source
 
 
 def cut_image(image: Tensor, target: Size, name: str) -> Tensor:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management as management
-import folder_paths
 import torch
 from comfy.model_management import InterruptProcessingException
 from torch import Tensor
@@ -22,26 +19,19 @@ from ..diffscaler_core.training.conditioning import NULL, Prompts, prompts_for
 from ..diffscaler_core.training.config import TrainingConfig
 from ..diffscaler_core.training.data.batches import TrainingData, with_one_table
 from ..diffscaler_core.training.denoiser import Denoiser
-from ..diffscaler_core.training.facts import plain_settings
-from ..diffscaler_core.training.learner import control_kind
 from ..diffscaler_core.training.loop import train_task
-from ..diffscaler_core.training.run_folder import RunFolder
 from ..diffscaler_core.training.settings import plain
 from .conditions import Row, empty_like, encoded, facts_of, prompts_of, repeats_tokens, rows_of
 from .noise import noise_of
-from .training import base_key, denoiser_of
-from .training_controls import NO_CONTROL, NOTHING, ControlSource
+from .training import denoiser_of
+from .training_controls import NOTHING, ControlSource, control_of
 from .training_data import NO_FOLDER, from_folder, from_images, from_latents
+from .training_folder import run_folder
 from .training_inputs import SAMPLE_EVERY
 from .training_report import Report, losses_of, pictures_of, summary_of
 
 logger = logging.getLogger(__name__)
 
-#: Settings that do not change what is learned: with others a run goes on in its folder.
-_LOOKS = (
-    *("steps", "validate_every", "validation_times", "sample_every", "sample_steps", "guidance"),
-    *("save_every", "keep", "precision", "checkpointing", "accumulate"),
-)
 _CONFIG = {field.name for field in dataclasses.fields(TrainingConfig)}
 
 Inputs = Mapping[str, Any]
@@ -89,7 +79,7 @@ def _train(inputs: Inputs, node: str | None) -> Outcome:
     if not source.has_null:
         # without an empty prompt there is nothing to guide away from
         config = dataclasses.replace(config, drop=0.0, guidance=1.0)
-    folder, shown = run_folder(inputs, config, source)
+    folder, shown = run_folder(inputs, config, source.data, source.prompts)
     report = Report(config.steps, node)
     try:
         task = train_task(
@@ -142,44 +132,6 @@ def config_of(inputs: Inputs, model: Any) -> TrainingConfig:
             "control": control_of(inputs)[0],
         }
     )
-
-
-def control_of(inputs: Inputs) -> tuple[str, ControlSource]:
-    """Returns what the control pictures show, "" if there are none, and where they come from.
-
-    Raises:
-        DiffScalerError: Several sources; none, though it is said what they show; or nobody says.
-    """
-    made = inputs.get("control_from") or NO_CONTROL
-    folder = inputs.get("control_folder") or NO_FOLDER
-    images = tuple(inputs.get("control_images") or ())
-    given = {
-        f"control_from {made!r}": made != NO_CONTROL,
-        f"control_folder {folder!r}": folder != NO_FOLDER,
-        "control_images": bool(images),
-    }
-    said = [name for name, there in given.items() if there]
-    kind = str(inputs.get("control") or "").strip()
-    start = inputs.get("task")
-    if not said and not kind and (start is None or not start.is_control):
-        return "", NOTHING
-    if len(said) != 1:
-        raise DiffScalerError(
-            f"a task that takes control pictures needs one source of them, got "
-            f"{' and '.join(said) or 'none'}: choose control_from or control_folder, or connect "
-            f"control_images"
-        )
-    if not kind and made != NO_CONTROL:
-        kind = made
-    kind = kind or control_kind(start, None)
-    if not kind:
-        raise DiffScalerError(
-            f"{said[0]} is given: say in 'control' what the control pictures show, such as depth"
-        )
-    source = ControlSource(
-        made if made != NO_CONTROL else None, folder if folder != NO_FOLDER else None, images
-    )
-    return kind, source
 
 
 def _precision(model: Any) -> str:
@@ -324,37 +276,3 @@ def _texts(
     rows = encoded(clip, [NULL, *names])
     told.update(facts_of(rows[1:]))
     return prompts_of(names, rows[1:], rows[0], repeats_tokens(denoiser.model, rows[0]))
-
-
-def run_folder(inputs: Inputs, config: TrainingConfig, source: Source) -> tuple[RunFolder, str]:
-    """Returns a run's folder, and how to show it.
-
-    What is trained on what gives the folder's name its ending: the same settings find their run
-    again, others never meet it.
-    """
-    settings = {k: v for k, v in plain_settings(config).items() if k not in _LOOKS}
-    if not config.control:
-        settings = {k: v for k, v in settings.items() if "control" not in k}
-    start = inputs.get("task")
-    facts = [
-        settings,
-        list(source.data.image_ids),
-        source.data.index.tolist(),
-        _digest(dict(source.prompts.named_parameters())),
-        None if start is None else [_digest(tensors) for tensors in start.layers.values()],
-        base_key(inputs["model"]),
-        *([list(source.data.control_ids)] if config.control else ()),
-        *([_digest(start.extras)] if start is not None and start.is_control else ()),
-    ]
-    ending = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
-    name = f"{plain(config.name)}-{ending}"
-    root = os.path.join(folder_paths.get_output_directory(), "diffscaler", "runs")
-    return RunFolder(os.path.join(root, name)), f"diffscaler/runs/{name}"
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

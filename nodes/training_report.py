@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..diffscaler_core.training.preview import grid
-from ..diffscaler_core.training.progress import Progress
+from ..diffscaler_core.training.progress import Progress, by_noise
 from ..diffscaler_core.training.run_folder import RunFolder, read_log
 
 logger = logging.getLogger(__name__)
@@ -97,9 +97,10 @@ def summary_of(folder: RunFolder, shown: str, facts: dict[str, Any]) -> str:
         "validation loss with another picture's control": facts.get(
             "validation_loss_other_control"
         ),
+        "loss by noise": by_noise(facts.get("loss_by_noise") or ()),
         "best validation loss": facts.get("best_validation_loss"),
         "at step": facts.get("best_step"),
         "seconds": facts.get("seconds"),
     }
-    lines = [f"{key}: {value}" for key, value in named.items() if value is not None]
+    lines = [f"{key}: {value}" for key, value in named.items() if value not in (None, "")]
     return "\n".join([shown, *lines])

@@ -18,9 +18,9 @@ from torch import Tensor
 from words import SETS
 
 from diffscaler_core.training import Denoiser, TrainingData, encode_pictures
+from diffscaler_core.training.data.controls import CONTROLS
 
 KINDS = ("edges", "silhouette")
-CANNY = (0.1, 0.2)  # thresholds, as in ComfyUI's Canny node
 CACHE = Path(".cache/pocket/latents")
 WORDS = SETS["base"][0]
 #: Words no control task is trained on.
@@ -64,9 +64,7 @@ def pairs(
 
 def edges(pixels: Tensor) -> Tensor:
     """Canny's edges of (N, 3, H, W) in −1..1: (N, 1, H, W) of 0 and 1."""
-    from kornia.filters import canny
-
-    return torch.cat([canny((part.float() + 1) / 2, *CANNY)[1] for part in pixels.split(32)])
+    return torch.stack([(CONTROLS["edges"](picture, 0)[:1] + 1) / 2 for picture in pixels])
 
 
 def silhouette(pixels: Tensor) -> Tensor:

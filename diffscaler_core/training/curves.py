@@ -94,6 +94,11 @@ def _draw_losses(axes: Any, tasks: Mapping[str, History]) -> None:
         if checked:
             _draw_validation(axes, checked, history.best_step, colour if several else "#D55E00",
                              f"{name}: validation" if several else "validation loss")  # fmt: skip
+        others = _points(history.others)
+        if others:
+            which = f"{name}: with" if several else "the same with"
+            axes.plot(*_xy(others), "x:", color=colour if several else "#CC79A7", lw=1.4, ms=5,
+                      label=f"{which} another picture's control")  # fmt: skip
     axes.set_ylabel("loss (lower is better)")
     shown = [v for history in tasks.values() for _, v in _shown(history, several)]
     if shown:
@@ -144,7 +149,11 @@ def _draw_rate(axes: Any, rates: Sequence[Point]) -> None:
 
 def _shown(history: History, means: bool) -> list[Point]:
     losses = _points(history.losses)
-    return [*(running_mean(losses) if means else losses), *_points(history.validations)]
+    return [
+        *(running_mean(losses) if means else losses),
+        *_points(history.validations),
+        *_points(history.others),
+    ]
 
 
 def _limit(axes: Any, values: Sequence[float]) -> None:

@@ -15,7 +15,7 @@ from ..task import TaskAdapter, new_task
 from .bases.pipelines import as_denoiser
 from .conditioning import Prompts, prompts_for
 from .config import TrainingConfig
-from .data.batches import Batches
+from .data.batches import Batches, TrainingData
 from .denoiser import Denoiser
 from .engine import Engine
 from .launch import launch_of
@@ -117,6 +117,8 @@ def train_tasks(
     launch.check(config.batch, config.accumulate)
     runs = [_with_validation(run, config) for run in runs]
     configs = [replace(config, control=_control_of(run, config)) for run in runs]
+    for run, own in zip(runs, configs, strict=True):
+        _check_validation(run, own)
     told = [_prompts_of(run, denoiser, config) for run in runs]
     tasks = {
         run.name: _fresh(denoiser, own, run) if run.task is None else _copy(run.task, run.name)
@@ -146,6 +148,15 @@ def _with_validation(run: TaskRun, config: TrainingConfig) -> TaskRun:
     seed = config.seed if run.seed is None else run.seed
     data, validation = run.data.split(config.validation_share, seed)
     return replace(run, data=data, validation=validation if len(validation) else None)
+
+
+def _check_validation(run: TaskRun, config: TrainingConfig) -> None:
+    data = run.validation
+    if isinstance(data, TrainingData) and len(data) and bool(data.controls) != bool(config.control):
+        raise DiffScalerError(
+            f"task {run.name!r} learns {'from' if config.control else 'without'} control pictures, "
+            f"but its validation pictures have {'none' if config.control else 'some'}"
+        )
 
 
 def _prompts_of(

@@ -54,6 +54,15 @@ class Progress:
     advice: tuple[str, ...] = ()
 
 
+def by_noise(bands: Sequence[float | None]) -> str:
+    """Returns a loss per noise band as one line: "0–25 % 0.31, 25–50 % 0.18, …"."""
+    return ", ".join(
+        f"{100 * low:.0f}–{100 * high:.0f} % {band:.3f}"
+        for low, high, band in zip(BANDS, BANDS[1:], bands, strict=False)
+        if band is not None and math.isfinite(band)
+    )
+
+
 #: Called after each step; returning True ends the run there, with the state so far.
 OnStep = Callable[[Progress], bool | None]
 

@@ -232,6 +232,25 @@ def test_areas_get_the_same_part_of_the_picture(control: Controls) -> None:
     assert calls.embedded <= len(calls.rows) + per_step  # each group's pictures once, not per step
 
 
+def test_regional_masks_and_combined_prompts_stay_one_call(control: Controls) -> None:
+    """Two prompts, each in its own half; one follows the control, the other does not."""
+    model = control.tiny.load("tiny_sd3")
+    applied, positive, negative = control.apply(model, control.task(model))
+    picture = next(iter(positive[0][1]["model_conds"].values())).picture
+    off = picture.on(control.tiny.prompt(3), model.model, False)
+    left = torch.zeros(1, 8, 8)
+    left[..., :4] = 1
+    set_mask = control.tiny.nodes.ConditioningSetMask().append
+    (here,) = set_mask(positive, left, "default", 1.0)
+    (there,) = set_mask(off, 1 - left, "default", 1.0)
+    (both,) = control.tiny.nodes.ConditioningCombine().combine(here, there)
+    with Calls(model, control.embedding(model)) as calls:
+        result = control.run((applied, both, negative), steps=3)
+    assert calls.rows == [6] * 3
+    assert calls.embedded == 3 + 1
+    assert not close(result, control.run((applied, here, negative), steps=3), 1e-3)
+
+
 def test_a_mask_weighs_what_is_embedded(control: Controls) -> None:
     model = control.tiny.load("tiny_sd3")
     task = control.task(model)
@@ -338,6 +357,61 @@ def test_a_model_that_does_not_run_the_control_warns_once_and_is_unharmed(
             result = control.tiny.run(model, positive, negative)
         assert torch.equal(result, control.tiny.run(model))
         assert _warnings(caplog, "does not run it") == 1
+
+
+def test_a_model_that_refuses_unknown_arguments_is_unharmed_too(
+    control: Controls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As HiDream's does: without the control it must never be handed any."""
+    model = control.tiny.load("tiny_sd3")
+    inner = model.model.diffusion_model
+    forward = inner.forward
+
+    def strict(x, timesteps, context=None, y=None, control=None, transformer_options=None):  # type: ignore[no-untyped-def]
+        return forward(x, timesteps, context, y, control, transformer_options)
+
+    wanted = control.run(control.apply(model, control.task(model)))
+    monkeypatch.setattr(inner, "forward", strict)
+    applied, *conds = control.apply(model, control.task(model))
+    assert torch.equal(control.run((applied, *conds)), wanted)
+    assert torch.equal(control.tiny.run(model, *conds), control.tiny.run(model))
+
+
+def test_reference_pictures_get_no_control(control: Controls) -> None:
+    """Flux has them behind its own tokens; others call the same layer once more."""
+    model = control.tiny.load("tiny_flux")
+    reference = torch.randn(1, 16, 8, 4, generator=torch.Generator().manual_seed(1))
+    conds = [
+        [[c, {**more, "reference_latents": [reference]}] for c, more in cond]
+        for cond in control.prompts(model)
+    ]
+    base = control.tiny.run(model, *conds)
+    assert not torch.equal(base, control.tiny.run(model))
+    fresh = control.apply(model, control.task(model, std=0), conds=conds)
+    assert torch.equal(control.run(fresh), base)
+    seen = []
+    applied = control.apply(model, control.task(model).replace(layers={}), conds=conds)
+    inner, embed = model.model.diffusion_model, control.embedding(model)
+    handle = inner.double_blocks[0].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((kwargs.get("img", args[0] if args else None)).clone()),
+        with_kwargs=True,
+    )
+    control.run(applied, steps=1)
+    control.tiny.run(model, *conds, steps=1)
+    handle.remove()
+    added = (seen[0] - seen[1]).abs().amax(-1)
+    assert (added[:, :16] > 0).all()
+    assert not added[:, 16:].any()
+
+    (entry,) = control.tiny.patching.tasks_on(applied[0])
+    carrier = control.tiny.patching.Carrier(model.model, [entry.parameters], check=False)
+    carrier.prepare(torch.ones(1, 3), torch.device("cpu"), torch.float32)
+    carrier.set_control(torch.randn(1, 16, 8, 8))
+    tokens = torch.randn(1, 16, 64)
+    with carrier.running(model.model, references=1):
+        first, second = embed(tokens), embed(tokens)
+    assert not torch.equal(first, second)
+    assert torch.equal(second, embed(tokens))
 
 
 def test_a_model_with_other_controls_warns_and_runs_its_own(

@@ -21,6 +21,10 @@ FROZEN = {
         "subspace",
         "component",
     ],
+    "DiffScalerControl": [
+        *("model", "positive", "negative", "task", "vae", "image", "strength", "start_percent"),
+        *("end_percent", "mask", "control_in_uncond", "component"),
+    ],
     "DiffScalerStackTasks": ["model", "tasks", "strengths", "component"],
     "DiffScalerScaleTask": ["task", "strength", "scale", "shift", "subspace", "blocks"],
     "DiffScalerCombineTasks": ["tasks", "strengths", "name"],
@@ -40,6 +44,7 @@ FROZEN = {
         *("learning_rate", "seed", "resume", "vae", "clip", "words", "images", "captions"),
         *("latents", "positive", "negative", "task", "validation_folder"),
         *("validation_latents", "validation_positive", "settings"),
+        *("control_images", "control", "control_from", "control_folder"),
     ],
     "DiffScalerTrainingSettings": [
         *("targets", "exclude", "lr_scale_shift", "lr_prompts", "optimizer", "schedule"),
@@ -49,6 +54,7 @@ FROZEN = {
         *("timestep_uniform", "weighting", "snr_gamma", "chain_tau", "validation_share"),
         *("validate_every", "validation_times", "sample_every", "sample_steps", "guidance"),
         *("save_every", "keep", "precision", "checkpointing", "keep_latents"),
+        *("control_drop", "lr_control", "control_rank", "control_activation", "control_embedding"),
     ],
 }
 

@@ -300,7 +300,8 @@ def test_stopping_keeps_the_state_and_the_same_settings_go_on_from_it(
     assert "go on from there" in caplog.text
     assert not management.in_training  # type: ignore[attr-defined]
     assert not [n for n, m in pocket.model.named_modules() if "forward" in m.__dict__]
-    (folder,) = Path(job.folder_paths.get_output_directory()).glob(f"diffscaler/runs/{name}-*")
+    output = part("nodes.training_folder").folder_paths.get_output_directory()
+    (folder,) = Path(output).glob(f"diffscaler/runs/{name}-*")
     (checkpoint,) = (folder / "checkpoints").iterdir()
     assert checkpoint.name in [f"step-{step:09}.safetensors" for step in (1, 2, 3, 4)]
     stop_in(0)

@@ -190,7 +190,6 @@ def test_folders_outside_the_input_folder_are_refused(part: Any, error: type[Exc
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "a/b", "..", ""])
 def test_no_name_leads_out_of_the_runs_folder(part: Any, name: str) -> None:
-    job = part("nodes.training_job")
     training = part("diffscaler_core.training")
     data = training.TrainingData(torch.zeros(1, 1, 1, 1, 1), torch.zeros(1).long(), ("a",))
     prompts = training.Prompts(("a",), {}, {})
@@ -205,10 +204,10 @@ def test_no_name_leads_out_of_the_runs_folder(part: Any, name: str) -> None:
         )()
     }
     inputs["model"].model.diffusion_model = inputs["model"].model["diffusion_model"]
-    folder, _ = job.run_folder(
-        inputs, training.TrainingConfig(name=name or "task"), job.Source(data, prompts)
-    )
-    runs = Path(job.folder_paths.get_output_directory()) / "diffscaler" / "runs"
+    folders = part("nodes.training_folder")
+    config = training.TrainingConfig(name=name or "task")
+    folder, _ = folders.run_folder(inputs, config, data, prompts)
+    runs = Path(folders.folder_paths.get_output_directory()) / "diffscaler" / "runs"
     assert folder.path.parent == runs
     assert folder.path.name not in ("..", ".")
 

@@ -1,9 +1,11 @@
 """Real diffusers pipelines at tiny size, and tasks that visibly change them."""
 # ruff: noqa: E402
 
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,11 +76,12 @@ def _repeat_prompts(pipe: Any, prompts: int, images: int) -> None:
 def noisy(task: TaskAdapter, seed: int, size: float = 0.1) -> TaskAdapter:
     """The task with random numbers for all it has, as if trained."""
     generator = torch.Generator().manual_seed(seed)
-    layers = {
-        name: {k: torch.randn(t.shape, generator=generator) * size for k, t in tensors.items()}
-        for name, tensors in task.layers.items()
-    }
-    return task.replace(layers=layers)
+
+    def numbers(t: Tensor) -> Tensor:
+        return torch.randn(t.shape, generator=generator) * size
+
+    layers = {n: {k: numbers(t) for k, t in own.items()} for n, own in task.layers.items()}
+    return task.replace(layers=layers, extras={n: numbers(t) for n, t in task.extras.items()})
 
 
 def vae(latents: int = 4) -> Any:
@@ -306,3 +309,15 @@ def sd3_case() -> Case:
 def make_noisy() -> Callable[..., TaskAdapter]:
     """`noisy`, for test files."""
     return noisy
+
+
+@pytest.fixture
+def tiny() -> Callable[[str], nn.Module]:
+    """`tiny_model` of the file beside this one."""
+    file = Path(__file__).parent / "tiny_models.py"
+    spec = importlib.util.spec_from_file_location("tiny_models", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.tiny_model

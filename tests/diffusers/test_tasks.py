@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffscaler_core import DiffScalerError, MismatchError, UnknownNameError, new_task
 from diffscaler_core import pipelines as plugin
-from diffscaler_core.pipeline_state import batch_size
+from diffscaler_core.pipeline_call import Call
 
 
 def outputs(model: Any, batch: int = 2) -> Tensor:
@@ -243,12 +243,12 @@ def test_rows_that_do_not_fit_the_prompts_fail_loudly(pipe: Any, sd3_case: Any) 
 
 
 def test_the_batch_is_counted_whatever_the_model_calls_its_latents() -> None:
-    latents = torch.zeros(3, 4, 8, 8)
-    assert batch_size((), {"hidden_states": latents}) == 3
-    assert batch_size((), {"sample": latents}) == 3
-    assert batch_size((list(latents), 1.0), {}) == 3  # Z-Image: a list of samples
+    latents, model = torch.zeros(3, 4, 8, 8), torch.nn.Identity()
+    assert Call(model, (), {"hidden_states": latents}).batch == 3
+    assert Call(model, (), {"sample": latents}).batch == 3
+    assert Call(model, (list(latents), 1.0), {}).batch == 3  # Z-Image: a list of samples
     with pytest.raises(DiffScalerError, match="no hidden_states, sample, x"):
-        batch_size((), {"pixels": latents})
+        _ = Call(model, (), {"pixels": latents}).batch
 
 
 def test_rows_are_folded_once_per_call_not_once_per_step(

@@ -58,3 +58,12 @@ def pictures(tmp_path) -> Path:
             image.paste((255, 255, 255), (0, 0, 4 + i, 8))
             image.save(folder / name / f"{i}.png")
     return folder
+
+
+@pytest.fixture
+def base(sd3, tmp_path, monkeypatch):
+    """A folder that `train` takes for a base, with a tiny SD3 in it."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    monkeypatch.setattr("diffscaler_core.training.command.train.load_base", lambda *a: sd3)
+    return folder

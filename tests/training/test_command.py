@@ -24,15 +24,6 @@ def run(*arguments, **more):
     return typer_testing.CliRunner().invoke(app, [str(argument) for argument in arguments], **more)
 
 
-@pytest.fixture
-def base(sd3, tmp_path, monkeypatch):
-    """A folder that `train` takes for a base, with a tiny SD3 in it."""
-    folder = tmp_path / "base"
-    folder.mkdir()
-    monkeypatch.setattr("diffscaler_core.training.command.train.load_base", lambda *a: sd3)
-    return folder
-
-
 def train(base, pictures, out, *more):
     settings = ["--steps", 3, "--rank", 2, "--batch", 4, "--size", 16, "--device", "cpu"]
     quick = ["--sample-steps", 2]

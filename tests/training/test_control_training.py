@@ -253,6 +253,12 @@ def test_pictures_without_controls_and_controls_nobody_asked_for_are_each_one_er
         trained(sd3, words, data=pairs(0, control=False))
     with pytest.raises(DiffScalerError, match="takes none: say what they show"):
         trained(sd3, words, control="")
+    for control, said in ((True, "pictures have none"), (False, "pictures have some")):
+        with pytest.raises(DiffScalerError, match=said):
+            trained(
+                sd3, words, data=pairs(0, control=control), control="colour" if control else "",
+                validation=pairs(1, control=not control),
+            )  # fmt: skip
     wrong = pairs(0)
     narrow = TrainingData(
         wrong.latents, wrong.index, wrong.prompts, control=wrong.control[:, :, :3]

@@ -37,7 +37,7 @@ def here(tmp_path, monkeypatch):
     """A folder in which the page's commands are typed."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "assets").symlink_to(ROOT / "assets")
-    for number, name in enumerate(("flowers", "flowers-kept", "ink", "neon")):
+    for number, name in enumerate(("flowers", "flowers-kept", "ink", "neon", "depth")):
         folder = tmp_path / "pictures" / name
         folder.mkdir(parents=True)
         for i in range(4):
@@ -73,6 +73,7 @@ def test_every_command_runs(here):
     assert (here / "flowers" / "flowers-best.safetensors").is_file()
     assert (here / "runs" / "two" / "ink.safetensors").is_file()
     assert (here / "neon.safetensors").is_file()
+    assert (here / "depth.safetensors").is_file()
     assert (here / "roses.safetensors").is_file()
 
 
@@ -87,7 +88,8 @@ def test_the_python_runs(here):
 
 
 def test_every_file_is_read(here):
-    assert len(blocks("toml")) == 2
+    assert len(blocks("toml")) == 3
+    assert read_config(here / "edges.toml").config.control == "edges"
     assert read_config(here / "flowers.toml").config.validate_every == 50
     assert len(read_config(here / "two.toml").tasks) == 2
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from ...autoencoder import vae_decode, vae_encode
 from ...errors import DiffScalerError, unknown
 from ...families import Family, family_of
 from ...targets import component_of
-from ..data.autoencoder import vae_decode, vae_encode
 from ..data.cache import digest_of, encoder_key
 from ..denoiser import Denoiser
 from ..objective import Objective

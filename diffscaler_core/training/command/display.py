@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from ..progress import BANDS, Progress
+from ..progress import Progress, by_noise
 from ..run_folder import RunFolder
 from .plan import duration, size_of
 
@@ -131,15 +130,6 @@ class Encoding:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-
-def by_noise(bands: Sequence[float | None]) -> str:
-    """Returns a loss per noise band as one line: "0–25 % 0.31, 25–50 % 0.18, …"."""
-    return ", ".join(
-        f"{100 * low:.0f}–{100 * high:.0f} % {band:.3f}"
-        for low, high, band in zip(BANDS, BANDS[1:], bands, strict=False)
-        if band is not None and math.isfinite(band)
-    )
 
 
 def _mean(values: dict[str, float]) -> float:

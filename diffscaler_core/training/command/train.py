@@ -26,10 +26,10 @@ from ..denoiser import Denoiser
 from ..engine import DivergedError
 from ..learner import TaskRun
 from ..loop import train_tasks
-from ..progress import Progress
+from ..progress import Progress, by_noise
 from ..run_folder import RunFolder
 from ..settings import SECTIONS, SETTINGS, RunSettings, Setting
-from .display import Display, Encoding, by_noise
+from .display import Display, Encoding
 from .finish import finished, last_samples, sample_file
 from .model_card import check_repository, push
 from .plan import format_plan, plan_task, time_steps

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ...autoencoder import vae_decode, vae_encode
 from ...errors import DiffScalerError, first_names
 from ..denoiser import Encode
-from .autoencoder import vae_decode, vae_encode
 from .batches import Batch, TrainingData
 from .cache import Cache, digest_of
 from .controls import MakeControl, made, maker_of
