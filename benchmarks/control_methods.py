@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from in_context import InContext
 from torch import Tensor, nn
 
 from diffscaler_core import TaskAdapter
@@ -127,5 +128,11 @@ METHODS: dict[str, Method] = {
         {"control_drop": 0.0},
         lambda transformer: ControlNet(transformer, 2),
         (3e-4, 1e-3, 3e-3),
+    ),
+    "in_context": Method(
+        "in-context tokens under affiners of rank 16",
+        {"control_drop": 0.0},
+        lambda transformer: InContext(transformer, 16),
+        (5e-3, 1e-2),
     ),
 }
