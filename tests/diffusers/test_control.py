@@ -724,3 +724,22 @@ def test_a_compiled_transformer_follows_its_controls(two: Any, sd3_case: Any) ->
             run(sd3_case, two)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == settled
     torch._dynamo.reset()
+
+
+def test_a_control_that_is_swapped_under_a_compiled_model_acts_at_once(
+    pipe: Any, sd3_case: Any, control: Any
+) -> None:
+    torch._dynamo.reset()
+    new = control(pipe, "new", 5)
+    fresh = sd3_case.pipe()
+    fresh.load_diffscaler(new)
+    with fresh.diffscaler_control(A):
+        wanted = run(sd3_case, fresh)
+    with pipe.diffscaler_control(A):
+        run(sd3_case, pipe)  # what is added is kept, uncompiled
+        plain = pipe.transformer
+        pipe.transformer = torch.compile(plain, backend="eager")
+        run(sd3_case, pipe)
+        pipe.load_diffscaler(new, "edges", hotswap=True)
+        assert near(run(sd3_case, pipe), wanted)
+    torch._dynamo.reset()

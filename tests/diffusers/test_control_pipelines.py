@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffscaler_core import new_task
+from diffscaler_core import DiffScalerError, new_task
+from diffscaler_core.autoencoder import vae_decode, vae_encode
 from diffscaler_core.targets import resolve
 from diffscaler_core.task import embedding_of
 
@@ -422,3 +423,83 @@ def test_rows_and_controls_go_together(case: Case, tiny: Any, make_noisy: Any) -
     torch.testing.assert_close(
         routed, torch.stack([only_control[0], base[1], only_style[2]]), **close
     )
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "qwen_image", "z_image", "flux2"])
+def test_each_call_has_its_own_size_and_prompts(name: str, tiny: Any, make_noisy: Any) -> None:
+    case = CASES[name]
+    pipe = case.pipe(tiny)
+    pipe.load_diffscaler(case.task(pipe, make_noisy))
+    wide, high = {"height": 16, "width": 32}, {"height": 32, "width": 16}  # as many tokens
+
+    def draw(size: dict[str, int]) -> Tensor:
+        call = {**case.inputs(2), **size, "num_inference_steps": 1, "output_type": "latent"}
+        found = pipe(**call, generator=torch.Generator().manual_seed(0))[0]
+        return torch.stack(list(found))
+
+    alone = []
+    for size in (wide, high):
+        with pipe.diffscaler_control(B):
+            alone.append(draw(size))
+    with pipe.diffscaler_control(B):
+        for size, expected in zip((wide, high, wide), (*alone, alone[0]), strict=True):
+            assert torch.equal(draw(size), expected)
+    with pipe.diffscaler_control([A, None]):
+        case.run(pipe, 2)
+        with pytest.raises(DiffScalerError, match="2 pictures, but the pipeline runs 1 prompts"):
+            case.run(pipe, 1, num_images_per_prompt=2)  # as large a batch
+
+
+@torch.no_grad()
+def test_pictures_become_the_latents_that_the_models_know(tiny: Any) -> None:
+    """As diffusers' own pipelines encode pictures, where they do; else written out by hand."""
+    pixels = rand(1, 3, 16, 32).clamp(-1, 1)
+    own = {name: CASES[name].pipe(tiny).vae for name in ("sd3", "sana", "wan", "ltx")}
+    z = own["sd3"].encode(pixels).latent_dist.mode()
+    torch.testing.assert_close(vae_encode(own["sd3"])(pixels), (z - 0.2) * 0.5)
+    z = own["sana"].encode(pixels).latent
+    torch.testing.assert_close(vae_encode(own["sana"])(pixels), z * 0.4)
+    z = own["wan"].encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0]
+    mean, std = torch.tensor([0.1, 0.2, -0.1, 0.0]), torch.tensor([1.0, 2.0, 0.5, 1.5])
+    wanted = (z - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+    torch.testing.assert_close(vae_encode(own["wan"])(pixels), wanted)
+    z = own["ltx"].encode(pixels[:, :, None]).latent_dist.mode()
+    statistics = own["ltx"].latents_mean, own["ltx"].latents_std
+    wanted = d.LTXPipeline._normalize_latents(z, *statistics, own["ltx"].config.scaling_factor)
+    torch.testing.assert_close(vae_encode(own["ltx"])(pixels), wanted[:, :, 0])
+    pipe = CASES["flux2"].pipe(tiny)
+    wanted = pipe._encode_vae_image(pixels, generator=None)
+    torch.testing.assert_close(vae_encode(pipe.vae)(pixels), wanted)
+    std = (pipe.vae.bn.running_var + pipe.vae.config.batch_norm_eps).sqrt().view(-1, 1, 1)
+    z = pipe._unpatchify_latents(wanted * std + pipe.vae.bn.running_mean.view(-1, 1, 1))
+    decoded = pipe.vae.decode(z).sample.clamp(-1, 1)
+    torch.testing.assert_close(vae_decode(pipe.vae)(wanted), decoded)
+    qwen = CASES["qwen_image"].pipe(tiny)
+    edit = d.QwenImageEditPipeline._encode_vae_image
+    qwen.latent_channels = 4
+    wanted = edit(qwen, pixels[:, :, None], generator=None)[:, :, 0]
+    torch.testing.assert_close(vae_encode(qwen.vae)(pixels), wanted)
+
+
+def test_a_reference_picture_has_no_control_of_its_own(tiny: Any, make_noisy: Any) -> None:
+    case = CASES["flux"]
+    pipe = d.FluxKontextPipeline(**case.pipe(tiny).components)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_diffscaler(case.task(pipe, make_noisy))
+    heard: list[Any] = []
+    module: Any = pipe.transformer.x_embedder
+    handle = module.register_forward_hook(
+        lambda m, a, y: heard.append((y - m.forward(a[0])).abs().sum(-1) > 0)
+    )
+    reference = torch.rand(1, 3, 64, 32)
+    with pipe.diffscaler_control(A):
+        pipe(
+            prompt_embeds=CONTEXT[:1], pooled_prompt_embeds=POOLED[:1], image=reference,
+            height=16, width=32, num_inference_steps=1, output_type="latent",
+            _auto_resize=False, max_area=16 * 32,
+        )  # fmt: skip
+    handle.remove()
+    drawn = (16 // 4) * (32 // 4)
+    assert heard[0].shape[1] > drawn
+    assert bool(heard[0][:, :drawn].all())
+    assert not heard[0][:, drawn:].any()

@@ -38,6 +38,13 @@ def test_validation_is_drawn_and_the_best_marked():
     assert orange not in colours(drawn(history_of(every=0)))
 
 
+def test_a_controls_worth_is_drawn_beside_the_validation():
+    pink, history = (0xCC, 0x79, 0xA7), history_of()
+    assert pink not in colours(drawn(history))
+    history.others = [(step, loss + 0.2) for step, loss in history.validations]
+    assert pink in colours(drawn(history))
+
+
 def test_bands_and_rate_make_it_taller():
     log = [{"step": s, "lr": 1 / s, "bands": [0.1, None, 0.3, 0.4]} for s in range(1, 50)]
     plain, full = drawn(history_of()), drawn(history_of(), log=log, title="flowers")
