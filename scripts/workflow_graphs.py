@@ -14,6 +14,7 @@ WIDTH = 320  # of every node
 COLUMN = 380  # from one column's left edge to the next
 PICTURE = (WIDTH, 270)  # of the previews
 ROW = 400  # from one branch to the next
+TALL = 560  # the same, where a branch has a control of its own
 BLUE, GREEN, PALE, GREY = "#3f789e", "#3f7a4a", "#8A8", "#777"
 
 Link = list[Any]
@@ -387,20 +388,18 @@ def control() -> Workflow:
     flow.picture("no control", (3, 0), (model, positive, negative, latent, vae))
 
     pictures = {"edges": edges, "silhouette": mask}
-    tasks = {name: flow.task(name, (2, ROW * i)) for i, name in enumerate(pictures, start=1)}
-    plain = (model, positive, negative)
-    for i, name in enumerate(pictures, start=1):
-        at = (2, ROW * i + 130)
-        node = flow.controlled(at, plain, tasks[name], vae, pictures[name], 1.0)
+    plain, tasks, y = (model, positive, negative), {}, ROW + 30
+    for name, image in pictures.items():
+        tasks[name] = flow.task(name, (2, y))
+        node = flow.controlled((2, y + 130), plain, tasks[name], vae, image, 1.0)
         parts = (*_three(node), latent, vae)
-        flow.picture(f"with its {name}", (3, ROW * i), parts, tasks[name], node)
-    both = plain
-    nodes = []
-    for i, name in enumerate(pictures):
-        at = (2, ROW * 3 + 60 + 300 * i)
-        nodes.append(flow.controlled(at, both, tasks[name], vae, pictures[name], 0.6))
+        flow.picture(f"with its {name}", (3, y), parts, tasks[name], node)
+        y += TALL
+    both, nodes = plain, []
+    for i, (name, image) in enumerate(pictures.items()):
+        nodes.append(flow.controlled((2, y + 390 * i), both, tasks[name], vae, image, 0.6))
         both = _three(nodes[-1])
-    flow.picture("with both", (3, ROW * 3 + 60), (*both, latent, vae), *nodes)
+    flow.picture("with both", (3, y), (*both, latent, vae), *nodes)
     return flow
 
 
