@@ -21,6 +21,7 @@ from .affiner import PARTS
 from .compiled import check_not_compiled, forget_compiled_code
 from .control import Control, ControlStack
 from .errors import DiffScalerError, MismatchError, unknown
+from .hooks import ControlHook, LayerHook, hang
 from .matching import build_controls, build_stacks, match_embeddings, match_layers
 from .scales import ScaleWatch
 from .siblings import Siblings
@@ -32,34 +33,6 @@ logger = logging.getLogger(__name__)
 
 Weight = float | Mapping[str, float]
 Row = str | Mapping[str, Weight] | None
-
-
-class _LayerHook:
-    """The one forward hook of a layer, shared by all attachments; can be pickled and copied."""
-
-    def __init__(self) -> None:
-        self.stacks: list[AffinerStack] = []
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
-    ) -> Tensor:
-        x = args[0] if args else next(iter(kwargs.values()))
-        out = y
-        for i, stack in enumerate(self.stacks):
-            corrected = stack(x, y)  # each sees the frozen output: a parallel sum
-            out = corrected if i == 0 else out + (corrected - y)
-        return out
-
-
-class _ControlHook:
-    """Adds the controls of one attachment to what the patch embedding gives; can be copied."""
-
-    def __init__(self, stack: ControlStack) -> None:
-        self.stack = stack
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
-        # `forward`, as the module's own call would run this hook, and other tasks', once more
-        return self.stack(module.forward, y)  # type: ignore[no-any-return]
 
 
 class Attachment(nn.Module):
@@ -100,7 +73,7 @@ class Attachment(nn.Module):
         self._gated = True
         self._waits = False
         self._grouped: tuple[str, ...] | None = None
-        self._hooks: list[tuple[_LayerHook, AffinerStack, Any]] = []
+        self._hooks: list[tuple[LayerHook, AffinerStack, Any]] = []
         self._control_handles: list[Any] = []
         self.requires_grad_(False)
 
@@ -413,9 +386,9 @@ def attach(
     with ExitStack() as undo:
         undo.callback(attachment.remove)
         for name, stack in stacks.items():
-            attachment._hooks.append(_hook(modules[name], stack))
+            attachment._hooks.append(hang(modules[name], stack))
         for name, control in added.items():
-            handle = embeddings[name].register_forward_hook(_ControlHook(control))
+            handle = embeddings[name].register_forward_hook(ControlHook(control))
             attachment._control_handles.append(handle)
         attachment.set_weights(1.0 if weights is None else weights)
         _settle(stacks, modules)
@@ -442,28 +415,6 @@ def _per_part(weight: Weight) -> tuple[float, ...]:
     if not all(map(math.isfinite, strengths)):
         raise DiffScalerError(f"a strength must be a finite number, got {dict(weight)}")
     return strengths
-
-
-def _hook(module: nn.Module, stack: AffinerStack) -> tuple[_LayerHook, AffinerStack, Any]:
-    for key, hook in module._forward_hooks.items():
-        if isinstance(hook, _LayerHook):
-            hook.stacks.append(stack)
-            return hook, stack, _Handle(module, key)
-    hook = _LayerHook()
-    hook.stacks.append(stack)
-    handle = module.register_forward_hook(hook, with_kwargs=True)
-    return hook, stack, handle
-
-
-class _Handle:
-    """Removes a hook that another attachment registered."""
-
-    def __init__(self, module: nn.Module, key: int) -> None:
-        self.module, self.key = module, key
-
-    def remove(self) -> None:
-        self.module._forward_hooks.pop(self.key, None)
-        self.module._forward_hooks_with_kwargs.pop(self.key, None)
 
 
 def _component_for(model: nn.Module, tasks: Mapping[str, TaskAdapter]) -> str:

@@ -81,7 +81,7 @@ def test_an_exception_inside_forward_leaves_the_base(model, x, make, error):
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
 def test_an_attach_that_breaks_off_halfway_leaves_nothing(model, x, make, error, monkeypatch):
     module = sys.modules[attach.__module__]  # the function hides the module of its name
-    before, real, calls = model(x), module._hook, []
+    before, real, calls = model(x), module.hang, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -91,7 +91,7 @@ def test_an_attach_that_breaks_off_halfway_leaves_nothing(model, x, make, error,
 
     other = attach(model, make(1))
     with_other = model(x)
-    monkeypatch.setattr(module, "_hook", interrupted)
+    monkeypatch.setattr(module, "hang", interrupted)
     with pytest.raises(error):
         attach(model, make(0))
     assert torch.equal(model(x), with_other)
