@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
+from step_overhead import measure
 from torch import Tensor, nn
 
 from diffscaler_core import TaskAdapter, attach, new_task
@@ -139,17 +139,6 @@ def filled(task: TaskAdapter) -> TaskAdapter:
 
     layers = {n: {p: random_(t) for p, t in own.items()} for n, own in task.layers.items()}
     return task.replace(layers=layers, extras={n: random_(t) for n, t in task.extras.items()})
-
-
-def measure(call: Callable[[], object], device: str) -> float:
-    """Returns the wall time of one call in seconds."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def controlnet(base: Base) -> int | None:

@@ -1,7 +1,8 @@
 """Tiny random models in ComfyUI's own formats, and short ways to run them."""
 
+import importlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 CONTEXT, POOLED, LATENT = 32, 16, 16
+POCKET = Path(__file__).resolve().parents[2] / "assets" / "pocket"
 
 
 def _sd3(ops: Any) -> nn.Module:
@@ -266,3 +268,39 @@ def clean(tiny: Tiny) -> Iterator[Any]:
             assert not module._forward_hooks
             assert not module._forward_pre_hooks
         assert not [name for name in was.model.model.__dict__ if "diffscaler" in name]
+
+
+@pytest.fixture(scope="module")
+def part(pack: ModuleType) -> Callable[[str], ModuleType]:
+    return lambda name: importlib.import_module(f"{pack.__name__}.{name}")
+
+
+@pytest.fixture(scope="module")
+def train(part: Any) -> ModuleType:
+    return part("diffscaler_core.training")
+
+
+@pytest.fixture(scope="module")
+def pocket(comfy: ModuleType) -> Any:
+    """The pocket base as a node loads it: in inference mode."""
+    import comfy.sd
+
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        return comfy.sd.load_diffusion_model(
+            str(POCKET / "diffusion_models" / "diffscaler_pocket.safetensors")
+        )
+
+
+@pytest.fixture(scope="module")
+def both(part: Any, pocket: Any) -> tuple[Any, Any]:
+    """The pocket base as a denoiser, ComfyUI's and diffusers'."""
+    from_diffusers = part("diffscaler_core.pocket").load_pipeline(POCKET)
+    return part("nodes.training").denoiser_of(pocket), part("diffscaler_core.training").as_denoiser(
+        from_diffusers
+    )
+
+
+@pytest.fixture(scope="module")
+def words(part: Any) -> Any:
+    return part("diffscaler_core").load_task(POCKET / "diffscaler" / "words.safetensors")

@@ -4,12 +4,10 @@ On the published configurations: the layers before the embedding are replaced by
 shape, so that no weight is needed; how the model cuts latents into patches is its own code.
 """
 
-import importlib
 import inspect
 import logging
 import runpy
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -65,11 +63,6 @@ class Hollow(nn.Module):
         side = zip(x.shape[2:], layer.kernel_size, layer.stride, layer.padding, strict=True)
         size = [(n + 2 * p - k) // s + 1 for n, k, s, p in side]
         return torch.zeros(x.shape[0], layer.out_channels, *size)
-
-
-@pytest.fixture(scope="module")
-def part(pack: ModuleType) -> Any:
-    return lambda name: importlib.import_module(f"{pack.__name__}.{name}")
 
 
 def built(name: str, part: Any) -> tuple[Any, Any, str]:

@@ -1,6 +1,5 @@
 """What the key map refuses, and what it does with names it does not know."""
 
-import importlib
 import re
 from collections.abc import Callable
 from types import ModuleType
@@ -25,11 +24,6 @@ SD3 = dict(
     pos_embed_max_size=8,
     pos_embed_scaling_factor=None,
 )
-
-
-@pytest.fixture(scope="module")
-def part(pack: ModuleType) -> Callable[[str], ModuleType]:
-    return lambda name: importlib.import_module(f"{pack.__name__}.{name}")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ itself, so that then even the bare models agree only if the map is right.
 """
 
 import dataclasses
-import importlib
 import logging
 import runpy
 from collections.abc import Callable, Iterator
@@ -19,11 +18,6 @@ from torch import Tensor
 
 Outputs = tuple[Tensor, Tensor]
 CASES = runpy.run_path(str(Path(__file__).with_name("parity_cases.py")))["CASES"]
-
-
-@pytest.fixture(scope="module")
-def part(pack: ModuleType) -> Callable[[str], ModuleType]:
-    return lambda name: importlib.import_module(f"{pack.__name__}.{name}")
 
 
 @pytest.fixture(params=CASES)

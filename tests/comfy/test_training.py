@@ -1,6 +1,5 @@
 """Training on ComfyUI's own models, in this process: the same numbers as in diffusers."""
 
-import importlib
 import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,42 +13,6 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 POCKET = ROOT / "assets" / "pocket"
 CASES = runpy.run_path(str(Path(__file__).with_name("parity_cases.py")))["CASES"]
-
-
-@pytest.fixture(scope="module")
-def part(pack: ModuleType) -> Callable[[str], ModuleType]:
-    return lambda name: importlib.import_module(f"{pack.__name__}.{name}")
-
-
-@pytest.fixture(scope="module")
-def train(part: Any) -> ModuleType:
-    return part("diffscaler_core.training")
-
-
-@pytest.fixture(scope="module")
-def pocket(comfy: ModuleType) -> Any:
-    """The pocket base as a node loads it: in inference mode."""
-    import comfy.sd
-
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        return comfy.sd.load_diffusion_model(
-            str(POCKET / "diffusion_models" / "diffscaler_pocket.safetensors")
-        )
-
-
-@pytest.fixture(scope="module")
-def both(part: Any, pocket: Any) -> tuple[Any, Any]:
-    """The pocket base as a denoiser, ComfyUI's and diffusers'."""
-    from_diffusers = part("diffscaler_core.pocket").load_pipeline(POCKET)
-    return part("nodes.training").denoiser_of(pocket), part("diffscaler_core.training").as_denoiser(
-        from_diffusers
-    )
-
-
-@pytest.fixture(scope="module")
-def words(part: Any) -> Any:
-    return part("diffscaler_core").load_task(POCKET / "diffscaler" / "words.safetensors")
 
 
 def pictures(train: ModuleType, count: int = 12, shape: tuple[int, ...] = (16, 8, 8)) -> Any:

@@ -1,10 +1,8 @@
 """Control tasks trained on ComfyUI's own models: the same numbers and names as in diffusers."""
 
-import importlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,41 +14,6 @@ from .test_training import POCKET, ROOT, Bench, changed, farthest, pictures, poc
 from .test_training_on_server import _node, _runs, base
 
 INK = ROOT / "assets" / "examples" / "ink"
-
-
-@pytest.fixture(scope="module")
-def part(pack: ModuleType) -> Callable[[str], ModuleType]:
-    return lambda name: importlib.import_module(f"{pack.__name__}.{name}")
-
-
-@pytest.fixture(scope="module")
-def train(part: Any) -> ModuleType:
-    return part("diffscaler_core.training")
-
-
-@pytest.fixture(scope="module")
-def pocket(comfy: ModuleType) -> Any:
-    import comfy.sd
-
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        return comfy.sd.load_diffusion_model(
-            str(POCKET / "diffusion_models" / "diffscaler_pocket.safetensors")
-        )
-
-
-@pytest.fixture(scope="module")
-def both(part: Any, pocket: Any) -> tuple[Any, Any]:
-    """The pocket base as a denoiser, ComfyUI's and diffusers'."""
-    pipe = part("diffscaler_core.pocket").load_pipeline(POCKET)
-    return part("nodes.training").denoiser_of(pocket), part("diffscaler_core.training").as_denoiser(
-        pipe
-    )
-
-
-@pytest.fixture(scope="module")
-def words(part: Any) -> Any:
-    return part("diffscaler_core").load_task(POCKET / "diffscaler" / "words.safetensors")
 
 
 @pytest.fixture(scope="module")

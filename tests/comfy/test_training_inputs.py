@@ -1,8 +1,6 @@
 """What the training nodes take in: noise, prompts, latents, pictures, settings."""
 
 import dataclasses
-import importlib
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,11 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-
-
-@pytest.fixture(scope="module")
-def part(pack: ModuleType) -> Callable[[str], ModuleType]:
-    return lambda name: importlib.import_module(f"{pack.__name__}.{name}")
 
 
 @pytest.fixture(scope="module")
