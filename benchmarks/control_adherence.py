@@ -51,7 +51,6 @@ COMMON = {
     "lr_scale_shift": 1e-2,
     "lr_control": 6e-3,
     "prompts": "stored",
-    "timestep_mean": 0.3,
 }
 
 
@@ -65,8 +64,8 @@ def report(now: Progress) -> None:
 class Bench:
     """The base, its pairs, and what is measured on them."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, timestep_mean: float) -> None:
+        self.kind, self.timestep_mean = kind, timestep_mean
         self.pipe = load_pipeline(POCKET)
         self.denoiser = as_denoiser(self.pipe)
         self.words = load_task(POCKET / "diffscaler" / "words.safetensors")
@@ -83,7 +82,15 @@ class Bench:
         """One run of one method; returns its figures, and what it takes to use it."""
         method = METHODS[name]
         config = method.config(
-            {**COMMON, "steps": steps, "seed": seed, "name": name, "control": self.kind}, rate
+            {
+                **COMMON,
+                "steps": steps,
+                "seed": seed,
+                "name": name,
+                "control": self.kind,
+                "timestep_mean": self.timestep_mean,
+            },
+            rate,
         )
         denoiser, network = self.denoiser, None
         if method.network is not None:
@@ -160,6 +167,8 @@ def main() -> None:
     parser.add_argument("--kind", choices=SCORES, default="silhouette")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--rates", nargs="*", type=float, help="in place of a method's own")
+    parser.add_argument("--timestep-mean", type=float, default=0.9, help="0.3 as the base trained")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("out/control_adherence"))
@@ -167,12 +176,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / f"{args.kind}_{args.steps}.json"
+    file = args.out / f"{args.kind}_{args.steps}_{args.timestep_mean:g}.json"
     found = json.loads(file.read_text()) if file.is_file() else {}
     if args.report:
         print(table(found))
         return
-    bench = Bench(args.kind)
+    bench = Bench(args.kind, args.timestep_mean)
     if "base" not in found:
         base = torch.stack(bench.sample(bench.denoiser, None)[1::2])
         seen = bench.denoiser
@@ -186,7 +195,8 @@ def main() -> None:
         found["ceiling"] = {**bench.overlap(through), "frechet": bench.frechet(through)}
         grid(list(base), 16).save(args.out / f"{args.kind}_base.png")
     for name in args.methods:
-        for rate in METHODS[name].rates or (None,):
+        rates = METHODS[name].rates
+        for rate in (rates and args.rates) or rates or (None,):
             key = name if rate is None else f"{name} {rate:g}"
             if key in found:
                 continue
@@ -215,7 +225,8 @@ def table(found: dict[str, Any]) -> str:
     for name, (_, f) in best.items():
         title = METHODS[name].title if name in METHODS else name
         if METHODS.get(name) and METHODS[name].rates:
-            title += f" (lr {f['rate']:g}, the best of {len(METHODS[name].rates)})"
+            tried = sum(key.startswith(f"{name} ") for key in found)
+            title += f" (lr {f['rate']:g}, the best of {tried} tried)"
         cells = [f"{f.get('parameters', 0):,}" if "parameters" in f else "–"]
         cells += [f"{f[k]:.3f}" for k in ("own", "shuffled")]
         cells += [f"{f['loss']:.4f}" if "loss" in f else "–", f"{f['frechet']:.3f}"]

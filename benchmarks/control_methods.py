@@ -115,8 +115,15 @@ class Method:
         )
 
 
+#: Layers of SD3's text stream: a control says nothing of the text.
+TEXT_STREAM = r".*(add_[qkv]_proj|to_add_out|ff_context|norm1_context).*"
+
 METHODS: dict[str, Method] = {
-    "ours": Method("ours: control affiner + affiners in the blocks, rank 8"),
+    "image": Method(
+        "ours: control affiner + affiners in the blocks' image stream, rank 16",
+        {"exclude": TEXT_STREAM, "rank": 16},
+    ),
+    "ours": Method("ours, in both streams, rank 8"),
     "relu": Method("the same, relu in the control affiner", {"control_activation": "relu"}),
     "copy": Method(
         "trainable copy of the embedding from zero + affiners, rank 8",
