@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -172,7 +173,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("out/control_adherence"))
-    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--report", action="store_true", help="print the table and stop")
+    parser.add_argument("--picture", type=Path, help="draw ours beside the others here and stop")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -180,6 +182,9 @@ def main() -> None:
     found = json.loads(file.read_text()) if file.is_file() else {}
     if args.report:
         print(table(found))
+        return
+    if args.picture:
+        compare(args.out, args.kind, best_of(found)).save(args.picture, quality=88)
         return
     bench = Bench(args.kind, args.timestep_mean)
     if "base" not in found:
@@ -217,12 +222,7 @@ def table(found: dict[str, Any]) -> str:
     """The results as Markdown; of several rates the best."""
     rows = ["| method | parameters | own | shuffled | loss | Fréchet | training step |"]
     rows.append("|---|---|---|---|---|---|---|")
-    best: dict[str, tuple[str, dict[str, Any]]] = {}
-    for key, figures in found.items():
-        name = key.partition(" ")[0]
-        if name not in best or figures["loss"] < best[name][1]["loss"]:
-            best[name] = (key, figures)
-    for name, (_, f) in best.items():
+    for name, (_, f) in best_of(found).items():
         title = METHODS[name].title if name in METHODS else name
         if METHODS.get(name) and METHODS[name].rates:
             tried = sum(key.startswith(f"{name} ") for key in found)
@@ -233,6 +233,36 @@ def table(found: dict[str, Any]) -> str:
         cells += [f"{f['train_step']:.3f} s" if "train_step" in f else "–"]
         rows.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def best_of(found: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Returns each method's best run by validation loss: name -> (its key, its figures)."""
+    best: dict[str, tuple[str, dict[str, Any]]] = {}
+    for key, figures in found.items():
+        name = key.partition(" ")[0]
+        if name not in best or figures.get("loss", 0) < best[name][1].get("loss", 0):
+            best[name] = (key, figures)
+    return best
+
+
+def compare(out: Path, kind: str, best: dict[str, tuple[str, dict[str, Any]]]) -> Image.Image:
+    """Returns rows of controls, and of what the base, ours and a ControlNet make of them."""
+    side, chosen = 128, (0, 6, 15, 17, 24, 28, 33, 40, 46, 62)
+    rows = {"control": ("image", 0), "no control": ("base", 0)}
+    rows |= {"ours": ("image", 1), "ControlNet": ("controlnet", 1)}
+    left = 110
+    page = Image.new("RGB", (left + len(chosen) * side, len(rows) * side), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(16)
+    for y, (label, (name, offset)) in enumerate(rows.items()):
+        key = best[name][0].replace(" ", "_") if name in best else name
+        sheet = Image.open(out / f"{kind}_{key}.png").convert("RGB")
+        each = 1 if name == "base" else 2
+        draw.text((8, y * side + side // 2 - 8), label, "black", font)
+        for x, number in enumerate(chosen):
+            row, column = divmod(each * number + offset, 16)
+            cell = (column * side, row * side, (column + 1) * side, (row + 1) * side)
+            page.paste(sheet.crop(cell), (left + x * side, y * side))
+    return page
 
 
 if __name__ == "__main__":

@@ -267,10 +267,13 @@ class ModelState:
         """Returns the control tasks that should act, have no picture, and were not named before."""
         if self.attachment is None or not self.enabled:
             return []
-        rows = () if self.rows is None else self.rows.rows
-        named = {n for row in rows for n in ([row] if isinstance(row, str) else row or ())}
+        if self.rows is None:
+            wanted = set(self.weights)
+        else:
+            rows = ([row] if isinstance(row, str) else row or () for row in self.rows.rows)
+            wanted = {name for row in rows for name in row}
         met = {own.name for own in (*self.held, *self.contexts)} | self._warned
-        return [n for n in {*self.weights, *named} - met if n in self.tasks and self._acts(n)]
+        return [n for n in wanted - met if n in self.tasks and self._acts(n)]
 
     def _acts(self, name: str) -> bool:
         return self.tasks[name].is_control and self.weights.get(name, 1.0) != 0
