@@ -13,17 +13,19 @@ from torch import Tensor
 Graph = dict[str, Any]
 WORDS = "words.safetensors"
 
+POCKET = Path(__file__).resolve().parents[2] / "assets" / "pocket"
+
 
 def _node(kind: str, **inputs: Any) -> Graph:
     return {"class_type": kind, "inputs": inputs}
 
 
 @pytest.fixture(scope="module")
-def base(server: Any, pack: ModuleType) -> Graph:
+def base(server: Any, pack: ModuleType, part: Any) -> Graph:
     """Loaders, prompts and a control picture of another size, on the server."""
     folder: Path = server.log.parent
     core = pack.diffscaler_core
-    pipe = core.pocket.load_pipeline(Path(__file__).resolve().parents[2] / "assets" / "pocket")
+    pipe = part("diffscaler_core.pocket").load_pipeline(POCKET)
     task = core.new_task(pipe.transformer, rank=2, control="edges", name="edges")
     generator = torch.Generator().manual_seed(1)
 
