@@ -11,7 +11,6 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -69,7 +68,6 @@ class Attachment(nn.Module):
         self._weights = dict.fromkeys(self.names, _ONE)
         self._rows: Tensor | None = None
         self._given: dict[str, Control] = {}
-        self._bare: list[tuple[Control, Control]] = []
         self._gated = True
         self._waits = False
         self._grouped: tuple[str, ...] | None = None
@@ -180,9 +178,11 @@ class Attachment(nn.Module):
         now = self._rows
         if now is None:
             now = torch.tensor([self._weights[name] for name in self.names])
-        now = self._gate(now) if self._gated and len(self.controls) else now
-        for stack in self._all_stacks():
-            stack.set_weights(now)
+        gated = self._gate(now) if self._gated and len(self.controls) else now
+        for stack in self._stacks():
+            stack.set_weights(gated)
+        for control in self._control_stacks():  # which knows its rows' factors by itself
+            control.set_weights(now)
         self._give()
 
     def _gate(self, weights: Tensor) -> Tensor:
@@ -209,19 +209,8 @@ class Attachment(nn.Module):
 
     def _give(self) -> None:
         slots = {self.names.index(name): control for name, control in self._given.items()}
-        if self._gated:  # the rows' factors are in the strengths already
-            slots = {slot: self._ungated(control) for slot, control in slots.items()}
         for stack in self._control_stacks():
             stack.set_controls(slots)
-
-    def _ungated(self, control: Control) -> Control:
-        """Returns the control without its rows' factors; of the same one always the same."""
-        if control.rows is None:
-            return control
-        known = {id(own): (own, bare) for own, bare in self._bare if own in self._given.values()}
-        known.setdefault(id(control), (control, replace(control, rows=None)))
-        self._bare = list(known.values())
-        return known[id(control)][1]
 
     def set_groups(self, names: Sequence[str] | None) -> None:
         """Makes each of len(names) equal parts of the batch run one task alone, at strength 1.

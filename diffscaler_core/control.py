@@ -50,11 +50,11 @@ class Control:
     def __post_init__(self) -> None:
         """Refuses what cannot be meant."""
         count = len(self.latents)
-        if self.rows is not None and (self.rows.ndim != 1 or len(self.rows) not in (1, count)):
-            if count != 1 or self.rows.ndim != 1:
-                raise DiffScalerError(
-                    f"{count} control pictures, but factors for {tuple(self.rows.shape)} rows"
-                )
+        rows = self.rows
+        if rows is not None and (rows.ndim != 1 or (count != 1 and len(rows) not in (1, count))):
+            raise DiffScalerError(
+                f"{count} control pictures, but factors for {tuple(rows.shape)} rows"
+            )
         if self.mask is not None and (
             self.mask.ndim != 4 or self.mask.shape[1] != 1 or len(self.mask) not in (1, count)
         ):
@@ -89,8 +89,7 @@ class ControlStack(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.embedding = embedding.name, embedding
-        modules = all(isinstance(affiner, nn.Module) for affiner in affiners)
-        self.affiners = nn.ModuleList(affiners) if modules else tuple(affiners)
+        self.affiners = nn.ModuleList(affiners)
         self.slots = tuple(slots)
         self.geometry = geometry
         self._bias = bias  # not a buffer: it belongs to the host

@@ -17,6 +17,7 @@ from .control import Control
 from .errors import DiffScalerError
 from .pictures import Size, covered, cut_to
 from .pipeline_call import Call, Same, spread, unconditional_rows
+from .tokens import mixed_rows
 
 #: Where pipelines say how many pixels a latent has along a side.
 _FACTORS = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor")
@@ -96,7 +97,7 @@ class ControlRequest:
             latents = there
         else:
             own = [encoded[e] for e in entries]
-            latents = torch.cat([torch.zeros_like(there) if t is None else t for t in own])
+            latents, _ = mixed_rows([None if t is None else t[0] for t in own])
         mask = None if self.mask is None else covered(self.mask, self._pixels(size)).clamp(0, 1)
         return Control(latents, rows, mask)
 
