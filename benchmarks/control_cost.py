@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
-from step_overhead import measure
 from torch import Tensor, nn
+from turns import measure
 
 from diffscaler_core import TaskAdapter, attach, new_task
 from diffscaler_core.control import Control

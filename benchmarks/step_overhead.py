@@ -1,101 +1,127 @@
 """What a task costs per model call, as ratios to the frozen base measured in the same run.
 
-    python benchmarks/step_overhead.py [--device cuda] [--rounds 7]
+    python benchmarks/step_overhead.py [--model S|B|XL] [--blocks 6] [--batch 8] [--rank 8]
+        [--device cuda] [--dtype bfloat16] [--compile] [--mode default] [--rounds 9]
 
-A DiT-S/2-sized transformer (12 blocks, width 384, 256 tokens) of diffusers' own class with random
-weights, batch 8, every Linear of every block adapted at rank 8. Variants take turns in random
-order, so that a noisy machine hurts all alike; the fastest call of each counts. Prints a Markdown
-table for RESULTS.md.
+diffusers' DiT class at its published sizes with random weights, 256 tokens, every Linear of every
+block adapted; beside it PEFT's LoRA of the same rank on the same layers, un-merged. Variants take
+turns in random order. Prints a Markdown table for RESULTS.md: the fastest call of each, and the
+median over the rounds of its ratio to the base within the round. `--compile` compiles every
+variant, after a check that each still says what it said, and then counts the graphs that 20
+changes of strengths and of rows make.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
-import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
-from dit import base_model
+from dit import SIZES, base_model, inputs_of
+from torch import Tensor, nn
+from turns import take_turns
+from variants import Call, compiled, graphs, peft_lora, random_task, shared_copy
 
-from diffscaler_core import Attachment, TaskAdapter, attach, new_task
+from diffscaler_core import Attachment, TaskAdapter, attach
 
-BATCH, RANK = 8, 8
+BASE = "frozen base"
+ROWS = "4 tasks, one per row"
 
 
-def random_task(model: torch.nn.Module, method: str = "diffscaler", seed: int = 0) -> TaskAdapter:
-    """Returns a task whose parts all do something."""
-    task = new_task(model, method, RANK, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    layers = {
-        layer: {name: torch.randn(t.shape, generator=generator) * 0.02 for name, t in own.items()}
-        for layer, own in task.layers.items()
+def adapted(
+    model: nn.Module, rank: int, batch: int
+) -> tuple[dict[str, nn.Module], dict[str, Attachment], TaskAdapter]:
+    """Returns every variant's model, the attachments of ours, and the task of the first."""
+    tasks = {f"task{i}": random_task(model, rank=rank, seed=i) for i in range(4)}
+    first = tasks["task0"]
+    layers = [layer.removeprefix("transformer.") for layer in first.layers]
+    ours: dict[str, tuple[TaskAdapter | dict[str, TaskAdapter], float]] = {
+        "1 task, diffscaler": (first, 1.0),
+        "1 task, scale_shift": (random_task(model, "scale_shift", rank), 1.0),
+        "1 task, lora": (random_task(model, "lora", rank), 1.0),
+        "1 task, strength 0": (first, 0.0),
+        "4 tasks stacked": (tasks, 1.0),
+        ROWS: (tasks, 1.0),
     }
-    return task.replace(layers=layers)
+    models: dict[str, nn.Module] = {BASE: shared_copy(model)}
+    attachments = {}
+    for name, (own, strength) in ours.items():
+        models[name] = shared_copy(model)
+        attachments[name] = attach(models[name], own, strength)
+    attachments[ROWS].set_rows([f"task{i % 4}" for i in range(batch)])
+    models[f"PEFT LoRA, rank {rank}"] = peft_lora(model, layers, rank)
+    return models, attachments, first
 
 
-def variants(model: torch.nn.Module) -> dict[str, Callable[[], AbstractContextManager[object]]]:
-    """Returns, per name, what puts the variant in force for a `with` block."""
-    four = {f"task{i}": random_task(model, seed=i) for i in range(4)}
+def switches(
+    attachments: dict[str, Attachment], calls: dict[str, Call], batch: int
+) -> dict[str, int]:
+    """Returns the graphs that 20 changes make, per variant."""
 
-    def rows() -> Attachment:
-        attachment = attach(model, four)
-        attachment.set_rows([*four, *four][:BATCH])
-        return attachment
+    def strength(i: int) -> None:
+        attachments["1 task, diffscaler"].set_weights(i / 10)
 
-    single = {m: random_task(model, m) for m in ("diffscaler", "scale_shift", "lora")}
-    return {
-        "frozen base": nullcontext,
-        **{f"1 task, {m}": lambda t=t: attach(model, t) for m, t in single.items()},
-        "1 task, strength 0": lambda: attach(model, single["diffscaler"], 0.0),
-        "4 tasks stacked": lambda: attach(model, four),
-        "4 tasks, one per row": rows,
+    def stack(i: int) -> None:
+        attachments["4 tasks stacked"].set_weights({"task0": i / 10, f"task{1 + i % 3}": 1.0})
+
+    def rows(i: int) -> None:
+        names = [f"task{(i + row) % 4}" for row in range(batch - 1)]
+        attachments[ROWS].set_rows([*names, {"task0": i / 10} if i % 2 else None])
+
+    changes: dict[str, Callable[[int], None]] = {
+        "1 task, diffscaler": strength,
+        "4 tasks stacked": stack,
+        ROWS: rows,
     }
-
-
-def measure(call: Callable[[], object], device: str) -> float:
-    """Returns the wall time of one call in seconds."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    made = {}
+    for name, change in changes.items():
+        before = graphs()
+        for i in range(20):
+            change(i)
+            calls[name]()
+        made[name] = graphs() - before
+    return made
 
 
 @torch.no_grad()
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--model", default="S", choices=SIZES)
+    parser.add_argument("--blocks", type=int, help="fewer than published, for a CPU")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--mode", default="default", help="torch.compile's")
+    parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
-    model = base_model(args.device)
-    inputs = {
-        "hidden_states": torch.randn(BATCH, 4, 32, 32, device=args.device),
-        "timestep": torch.full((BATCH,), 500, device=args.device),
-        "class_labels": torch.arange(BATCH, device=args.device),
-    }
-    table = variants(model)
-    best = dict.fromkeys(table, float("inf"))
-    for _ in range(args.rounds):
-        for name in random.sample(list(table), len(table)):
-            with table[name]():
-                model(**inputs)  # the first call folds the affiners
-                for _ in range(2):
-                    best[name] = min(best[name], measure(lambda: model(**inputs), args.device))
-    task = random_task(model)
-    with attach(model, task) as attachment:
-        model(**inputs)
-        switch = min(measure(lambda: attachment.set_weights(0.5), args.device) for _ in range(5))
-    base = best["frozen base"]
-    print("| variant | ms | ratio to the base |\n|---|---|---|")
-    for name, seconds in best.items():
-        print(f"| {name} | {1000 * seconds:.1f} | {seconds / base:.3f} |")
-    print(f"| changing a task's strength | {1000 * switch:.1f} | {switch / base:.3f} |")
-    print(f"\ntask: {task.num_parameters:,} parameters, {len(task.layers)} layers, rank {RANK}")
+    dtype = getattr(torch, args.dtype)
+    model = base_model(args.device, args.model, args.blocks)
+    if dtype != torch.float32:
+        model.to(dtype)
+    inputs = inputs_of(args.batch, args.device, dtype)
+    models, attachments, task = adapted(model, args.rank, args.batch)
+
+    def call(variant: nn.Module) -> Tensor:
+        return variant(**inputs, return_dict=False)[0]  # type: ignore[no-any-return]
+
+    calls: dict[str, Call] = {name: partial(call, variant) for name, variant in models.items()}
+    if args.compile:
+        compiled(models, calls, args.mode)
+    print(take_turns(calls, args.device, args.rounds).table(BASE), flush=True)
+    share = task.num_parameters / sum(p.numel() for p in model.parameters())
+    blocks = len(model.transformer_blocks)
+    print(
+        f"\nDiT-{args.model}/2, {blocks} blocks, batch {args.batch}, {args.dtype}"
+        f"{', compiled' if args.compile else ''}; a task: {task.num_parameters:,} parameters "
+        f"({share:.2%}) on {len(task.layers)} layers, rank {args.rank}"
+    )
+    if args.compile:
+        for name, made in switches(attachments, calls, args.batch).items():
+            print(f"{name}: {made} recompiles over 20 switches")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 from .affiner import Affiner
 from .attach import Attachment, attach
+from .bank import TaskBank
 from .combine import combine_tasks, scale_task
 from .control import Control
 from .errors import DiffScalerError, MismatchError, TaskFileError, UnknownNameError
 from .families import FAMILIES, Family
 from .files import load_task, read_info, save_task
 from .methods import METHODS
+from .schedule import Schedule
 from .stack import AffinerStack
 from .targets import Target, find_targets
 from .task import TaskAdapter, new_task
@@ -23,8 +25,10 @@ __all__ = [
     "DiffScalerError",
     "Family",
     "MismatchError",
+    "Schedule",
     "Target",
     "TaskAdapter",
+    "TaskBank",
     "TaskFileError",
     "UnknownNameError",
     "__version__",

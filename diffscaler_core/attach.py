@@ -14,19 +14,23 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .affiner import PARTS
 from .compiled import check_not_compiled, forget_compiled_code
 from .control import Control, ControlStack
+from .ensemble import Ensemble
 from .errors import DiffScalerError, MismatchError, unknown
 from .hooks import ControlHook, LayerHook, hang
 from .matching import build_controls, build_stacks, match_embeddings, match_layers
+from .regions import Regions
 from .scales import ScaleWatch
 from .siblings import Siblings
 from .stack import AffinerStack
 from .targets import component_of
 from .task import CONTROL, TaskAdapter
+from .token_layout import TokenLayout
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +45,9 @@ class Attachment(nn.Module):
     the model.
 
     A control task acts in those rows only that have a control (`set_controls`); the others run the
-    base and their other tasks, bit for bit.
+    base, bit for bit, and their other tasks.
 
     Attributes:
-        names: Names of the tasks, in the order of weights and rows.
         stacks: One per adapted layer.
         controls: One per patch embedding that control tasks see their pictures through.
     """
@@ -57,12 +60,13 @@ class Attachment(nn.Module):
         controls: Mapping[str, ControlStack] | None = None,
     ) -> None:
         super().__init__()
-        self.names = tuple(tasks)
+        self._slots = {name: slot for slot, name in enumerate(tasks)}
         self.stacks = nn.ModuleList(stacks.values())
         self.controls = nn.ModuleList((controls or {}).values())
-        siblings, watch = Siblings(), ScaleWatch()
+        self._ensemble = Ensemble()
+        self._shared = Siblings(), ScaleWatch()
         for stack in stacks.values():
-            stack.join(siblings, watch)
+            stack.join(self._ensemble, *self._shared)
         self._tasks = dict(tasks)
         self._component = component
         self._weights = dict.fromkeys(self.names, _ONE)
@@ -72,8 +76,13 @@ class Attachment(nn.Module):
         self._waits = False
         self._grouped: tuple[str, ...] | None = None
         self._hooks: list[tuple[LayerHook, AffinerStack, Any]] = []
-        self._control_handles: list[Any] = []
+        self._control_handles: dict[ControlStack, Any] = {}
         self.requires_grad_(False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tasks, in the order of weights and rows."""
+        return tuple(self._tasks)
 
     @property
     def weights(self) -> dict[str, dict[str, float]]:
@@ -143,6 +152,32 @@ class Attachment(nn.Module):
             self._given, self._gated = before
             raise
 
+    def set_regions(
+        self, masks: Mapping[str, Tensor] | None, layout: TokenLayout | None = None
+    ) -> None:
+        """Makes tasks act in a part of the picture alone, in the same forward as all others.
+
+        Each token's Δ is weighted by the mask there; text tokens and whatever else is no place in
+        the picture get the mask's mean.
+
+        Args:
+            masks: Task -> (1 or B, 1, H, W) in 0..1, of any size; tasks without one act everywhere.
+                None: all do.
+            layout: The latents' size and how the model's tokens lie: `token_layout.layout_for`.
+
+        Raises:
+            UnknownNameError: No such task is attached.
+            DiffScalerError: A mask of another shape or out of range, or masks without a layout.
+        """
+        if not masks:
+            self._ensemble.set_regions(None)
+            return
+        if layout is None:
+            raise DiffScalerError("masks need to know how tokens lie: set_regions(masks, layout)")
+        slots = {self.slot_of(name): mask for name, mask in masks.items()}
+        count = 1 + max(self._slots.values())
+        self._ensemble.set_regions(Regions(slots, layout, count))
+
     def set_control(self, latents: Tensor | None, kept: Tensor | None = None) -> None:
         """Gives all control tasks the same pictures, to train on; see `Trainable.set_control`."""
         controls = {}
@@ -174,20 +209,31 @@ class Attachment(nn.Module):
         """Tells the stacks the strengths of every task in every row, and the controls."""
         if self._waits:
             return
+        if self._grouped is not None:
+            for stack in self._stacks():
+                stack.set_groups(None)
         self._grouped = None
         now = self._rows
         if now is None:
             now = torch.tensor([self._weights[name] for name in self.names])
         gated = self._gate(now) if self._gated and len(self.controls) else now
-        for stack in self._stacks():
-            stack.set_weights(gated)
+        self._ensemble.set_weights(self._by_slot(gated))
         for control in self._control_stacks():  # which knows its rows' factors by itself
-            control.set_weights(now)
+            control.set_weights(self._by_slot(now))
         self._give()
+
+    def _by_slot(self, weights: Tensor) -> Tensor:
+        """Returns strengths in the stacks' own order, (…, S, 3): tasks may have come and gone."""
+        slots = list(self._slots.values())
+        if slots == list(range(len(slots))):
+            return weights
+        placed = weights.new_zeros(*weights.shape[:-2], 1 + max(slots), weights.shape[-1])
+        placed[..., slots, :] = weights
+        return placed
 
     def _gate(self, weights: Tensor) -> Tensor:
         """Returns the strengths with 0 where a control task has no control."""
-        for slot, (name, task) in enumerate(self._tasks.items()):
+        for slot, (name, task) in enumerate(self._tasks.items()):  # not the stacks' slots
             if not task.is_control:
                 continue
             given = self._given.get(name)
@@ -205,10 +251,12 @@ class Attachment(nn.Module):
                 weights = weights.expand(len(factors), -1, -1)
             weights = weights.clone()
             weights[:, slot, :] *= factors[:, None]
+        if self._rows is None and weights.ndim == 3 and bool((weights == weights[:1]).all()):
+            return weights[0]  # so that sums round as they do without rows
         return weights
 
     def _give(self) -> None:
-        slots = {self.names.index(name): control for name, control in self._given.items()}
+        slots = {self._slots[name]: control for name, control in self._given.items()}
         for stack in self._control_stacks():
             stack.set_controls(slots)
 
@@ -230,10 +278,118 @@ class Attachment(nn.Module):
             return
         if not names:
             raise DiffScalerError("groups must name at least one task")
-        slots = [self.names.index(self._known(name)) for name in names]
+        slots = [self.slot_of(name) for name in names]
         for stack in self._all_stacks():
             stack.set_groups(slots)
         self._grouped = tuple(names)
+
+    def slot_of(self, name: str) -> int:
+        """Returns a task's index in the stacks.
+
+        Raises:
+            UnknownNameError: No such task is attached.
+        """
+        return self._slots[self._known(name)]
+
+    def add(
+        self, model: nn.Module, name: str, task: TaskAdapter, *, compiled: str = "raise"
+    ) -> None:
+        """Attaches one more task, at strength 0; what is there is not touched. All or nothing.
+
+        Regions, groups and controls of the others stay.
+
+        Args:
+            model: The model this is attached to.
+            name: What the task is called here.
+            task: The task.
+            compiled: As in `attach`.
+
+        Raises:
+            MismatchError: The task does not fit the model.
+            DiffScalerError: The name is in use, or the model was compiled already.
+        """
+        if name in self._tasks:
+            raise DiffScalerError(f"a task {name!r} is attached already; drop it first")
+        model = check_not_compiled(model, compiled)
+        layers = {name: task.component_layers(self._component)}
+        controls = {name: task.control_layers(self._component)}
+        _check_component({name: task}, {name: (layers[name], controls[name])}, self._component)
+        modules = match_layers(model, {name: task}, layers)
+        embeddings = match_embeddings(model, {name: task}, controls)
+        taken = set(self._slots.values())
+        slot = next(i for i in range(len(taken) + 1) if i not in taken)
+        added = build_stacks({name: task}, layers, modules, type(model).__name__)
+        embedded = build_controls({name: task}, controls, embeddings, type(model).__name__)
+        with ExitStack() as undo:
+            undo.callback(self._forget_task, name)
+            self._tasks[name], self._slots[name] = task, slot
+            self._weights[name] = (0.0,) * len(PARTS)
+            if self._rows is not None:
+                self._rows = F.pad(self._rows, (0, 0, 0, 1))
+            self._take_in(slot, added, modules)
+            self._take_in(slot, embedded, embeddings)
+            self._put_in_force()
+            undo.pop_all()
+
+    def drop(self, name: str) -> None:
+        """Takes one task off; the others stay as they are.
+
+        Raises:
+            UnknownNameError: No such task is attached.
+        """
+        self._forget_task(self._known(name))
+        self._put_in_force()
+
+    def _take_in(
+        self,
+        slot: int,
+        added: Mapping[str, AffinerStack] | Mapping[str, ControlStack],
+        modules: Mapping[str, nn.Module],
+    ) -> None:
+        """Puts one task's stacks, each with one affiner, among those there are."""
+        there = {stack.name: stack for stack in self._all_stacks()}
+        for name, new in added.items():
+            known = there.get(name)
+            if isinstance(known, type(new)):
+                known.put(slot, new.affiner_of(0), new.bias)
+            elif isinstance(new, AffinerStack):
+                new.renumber(slot)
+                new.join(self._ensemble, *self._shared)
+                self.stacks.append(new)
+                self._hooks.append(hang(modules[name], new))
+            else:
+                new.renumber(slot)
+                self.controls.append(new)
+                handle = modules[name].register_forward_hook(ControlHook(new))
+                self._control_handles[new] = handle
+
+    def _forget_task(self, name: str) -> None:
+        slot = self._slots.pop(name)
+        if self._rows is not None:
+            column = self.names.index(name)
+            kept = [i for i in range(self._rows.shape[1]) if i != column]
+            self._rows = self._rows[:, kept]
+        for stack in self._all_stacks():
+            stack.drop(slot)
+        for held in (self._tasks, self._weights, self._given):
+            held.pop(name, None)
+        self._unhang([stack for stack in self._all_stacks() if not stack.slots])
+
+    def _unhang(self, stacks: Sequence[AffinerStack | ControlStack]) -> None:
+        """Takes stacks off their layers."""
+        gone = set(stacks)
+        for hook, stack, handle in [held for held in self._hooks if held[1] in gone]:
+            hook.stacks.remove(stack)
+            if not hook.stacks:
+                handle.remove()
+        for control in [held for held in self._control_handles if held in gone]:
+            self._control_handles.pop(control).remove()
+        self._hooks = [held for held in self._hooks if held[1] not in gone]
+        self._ensemble.discard([s.layer for s in gone if isinstance(s, AffinerStack)])
+        self.stacks = nn.ModuleList(s for s in self.stacks if s not in gone)
+        self.controls = nn.ModuleList(s for s in self.controls if s not in gone)
+        if gone:
+            forget_compiled_code()
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         """Returns a task's parameters by their names in its file -> parameter.
@@ -241,7 +397,7 @@ class Attachment(nn.Module):
         Raises:
             UnknownNameError: No such task is attached.
         """
-        slot = self.names.index(self._known(name))
+        slot = self.slot_of(name)
         return {
             f"{_prefix(stack)}{self._component}.{stack.name}.{part}": cast(nn.Parameter, parameter)
             for stack in self._all_stacks()
@@ -264,7 +420,7 @@ class Attachment(nn.Module):
     def task(self, name: str | None = None) -> TaskAdapter:
         """Returns a task with its parameters as they are now (a copy on the CPU), to be saved."""
         name = self.names[0] if name is None else self._known(name)
-        slot = self.names.index(name)
+        slot = self.slot_of(name)
         layers: dict[str, dict[str, Tensor]] = {}
         for stack in self._stacks():
             if slot in stack.slots:
@@ -285,7 +441,7 @@ class Attachment(nn.Module):
             hook.stacks.remove(stack)
             if not hook.stacks:
                 handle.remove()
-        for handle in self._control_handles:
+        for handle in self._control_handles.values():
             handle.remove()
         if self._hooks or self._control_handles:
             forget_compiled_code()
@@ -378,16 +534,14 @@ def attach(
             attachment._hooks.append(hang(modules[name], stack))
         for name, control in added.items():
             handle = embeddings[name].register_forward_hook(ControlHook(control))
-            attachment._control_handles.append(handle)
+            attachment._control_handles[control] = handle
         attachment.set_weights(1.0 if weights is None else weights)
-        _settle(stacks, modules)
         undo.pop_all()
     logger.info("attached %s to %d layers of %s", list(tasks), len(stacks), type(model).__name__)
     return attachment
 
 
 _ONE = (1.0,) * len(PARTS)
-_PLAIN_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _prefix(stack: AffinerStack | ControlStack) -> str:
@@ -417,14 +571,6 @@ def _component_for(model: nn.Module, tasks: Mapping[str, TaskAdapter]) -> str:
             )
         return own
     return next(iter(components), component_of(model))
-
-
-def _settle(stacks: Mapping[str, AffinerStack], modules: Mapping[str, nn.Module]) -> None:
-    """Folds for the layers' own dtypes, so that compiled code finds tensors it can rely on."""
-    for name, stack in stacks.items():
-        weight = modules[name].weight
-        if isinstance(weight, Tensor) and weight.dtype in _PLAIN_DTYPES and not weight.is_meta:
-            stack.settle(weight.device, weight.dtype)
 
 
 def _check_component(

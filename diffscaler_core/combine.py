@@ -32,8 +32,8 @@ def combine_tasks(
         name: The new task's name; default: the names joined by "+".
 
     Raises:
-        DiffScalerError: No task, another number of weights, other shapes, scales that treat the
-            frozen bias differently, or a control task among several.
+        DiffScalerError: No task, another number of weights, other shapes, other schedules, scales
+            that treat the frozen bias differently, or a control task among several.
     """
     weights = [1.0] * len(tasks) if weights is None else list(weights)
     if not tasks or len(tasks) != len(weights):
@@ -56,7 +56,7 @@ def combine_tasks(
     info = _combined_info(tasks, weights, name, "relu" if relu else "identity")
     conditioning, prompts = _combined_prompts(tasks)
     extras = _scaled_control(tasks[0], dict.fromkeys(PARTS, weights[0]))
-    return TaskAdapter(layers, {**info, **prompts}, conditioning, {}, extras)
+    return TaskAdapter(layers, {**info, **prompts}, conditioning, {}, extras, tasks[0].schedule)
 
 
 def scale_task(
@@ -68,7 +68,7 @@ def scale_task(
 ) -> TaskAdapter:
     """Returns a task whose trained effect is multiplied: as a whole, per part, per layer.
 
-    The control affiner of a control task is multiplied too.
+    The control affiner of a control task is multiplied too; a schedule stays.
 
     Args:
         task: The task; stays as it is.
@@ -145,6 +145,11 @@ def _added(
 def _check_alike(tasks: Sequence[TaskAdapter]) -> None:
     if len(tasks) > 1 and any(task.extras for task in tasks):
         raise DiffScalerError("a control task cannot be combined with others; stack them instead")
+    if len({task.schedule for task in tasks}) > 1:
+        raise DiffScalerError(
+            "tasks with different schedules cannot be combined into one: give all of them the same "
+            "schedule or none, or stack them instead"
+        )
     families = {_base_fact(task, "family") for task in tasks if task.layers} - {None, "unknown"}
     if len(families) > 1:
         raise DiffScalerError(

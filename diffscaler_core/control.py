@@ -135,6 +135,33 @@ class ControlStack(nn.Module):
         """Returns the affiner of the task with this index among all tasks attached."""
         return self._affiners()[self.slots.index(slot)]
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's own bias, float32, (C_out,), or None."""
+        return self._bias
+
+    def put(self, slot: int, affiner: Affiner, bias: Tensor | None = None) -> None:
+        """Adds a task's control affiner, at strength 0; see `AffinerStack.put`."""
+        self.affiners.append(affiner)
+        self.slots = (*self.slots, slot)
+        self._weights = nn.functional.pad(self._weights, (0, 0, 0, 1))
+        self.unsettle()
+
+    def renumber(self, slot: int) -> None:
+        """Gives the only task another index."""
+        (_,), self.slots = self.slots, (slot,)
+
+    def drop(self, slot: int) -> None:
+        """Takes a task's control affiner away, if it has one here."""
+        if slot in self.slots:
+            at = self.slots.index(slot)
+            del self.affiners[at]
+            kept = [k for k in range(len(self.slots)) if k != at]
+            self.slots = tuple(self.slots[k] for k in kept)
+            self._weights = self._weights[..., kept, :]
+            self._controls.pop(slot, None)
+            self.unsettle()
+
     def unsettle(self) -> None:
         """Drops what was computed; the next call computes it again."""
         self._added = None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .affiner import PARTS
@@ -71,20 +72,27 @@ class ControlRequest:
         return float(own) * self.strength
 
     @torch.no_grad()
-    def control(self, call: Call) -> Control | None:
-        """Returns the control for the batch of a call, or None if no row has any."""
+    def control(self, call: Call, region: Tensor | None = None) -> Control | None:
+        """Returns the control for the batch of a call, or None if no row has any.
+
+        Args:
+            call: The call.
+            region: Where the task acts, (1 or batch, 1, H, W) in 0..1, or None for everywhere.
+        """
         count = 0 if self.shared else len(self.pictures)
         entries, halves = spread(count, self.images, call, "diffscaler_control", "pictures")
         absent = [False] * call.batch if self.in_uncond else unconditional_rows(call, halves)
         size = call.size()
-        key = (size, tuple(entries), tuple(absent))
+        key = (size, tuple(entries), tuple(absent), Same(region))
         if key not in self._controls:
             if len(self._controls) > 4:
                 self._controls.clear()
-            self._controls[key] = self._built(size, entries, absent)
+            self._controls[key] = self._built(size, entries, absent, region)
         return self._controls[key]
 
-    def _built(self, size: Size, entries: list[int], absent: list[bool]) -> Control | None:
+    def _built(
+        self, size: Size, entries: list[int], absent: list[bool], region: Tensor | None
+    ) -> Control | None:
         encoded = self._latents(size)
         kept = [
             encoded[e] is not None and not gone for e, gone in zip(entries, absent, strict=True)
@@ -99,6 +107,10 @@ class ControlRequest:
             own = [encoded[e] for e in entries]
             latents, _ = mixed_rows([None if t is None else t[0] for t in own])
         mask = None if self.mask is None else covered(self.mask, self._pixels(size)).clamp(0, 1)
+        if region is not None:
+            place = F.adaptive_avg_pool2d(region, self._pixels(size))
+            mask = place if mask is None else place * mask
+            latents = latents.expand(max(len(latents), len(place)), *latents.shape[1:])
         return Control(latents, rows, mask)
 
     def _latents(self, size: Size) -> list[Tensor | None]:

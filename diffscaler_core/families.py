@@ -50,6 +50,10 @@ class Family:
             (one doubled batch), "two_calls", or "none" (distilled).
         row_layouts: Pattern of target names -> "fold" or "flat", for layers whose first
             dimension is not the batch (see `stack.AffinerStack`).
+        text: Where text tokens lie in layers that see them in one run with the image's: "first",
+            "last", or "" if there are no such layers.
+        token_roles: Pattern of target names -> role (`token_layout.ROLES`), for layers whose tokens
+            are not simply the image's.
         modelspec: ModelSpec's architecture identifier, where one is registered.
     """
 
@@ -65,8 +69,18 @@ class Family:
     timestep_scale: float = 1000.0
     guidance: str = "uncond_first"
     row_layouts: dict[str, str] = field(default_factory=dict)
+    text: str = ""
+    token_roles: dict[str, str] = field(default_factory=dict)
     modelspec: str = ""
 
+
+#: Layers of a text stream beside the image's, and those that see the text in cross-attention.
+_TEXT_STREAM = {
+    r"context_embedder(\..*)?|.*\.(add_[qkv]_proj|to_add_out)|.*\.ff_context\..*": "mean"
+}
+_CROSS_ATTENTION = {r"caption_projection\..*|.*\.attn2\.(to|add)_[kv](_proj)?": "mean"}
+#: Blocks after those of two streams, which see text and image in one run.
+_SINGLE_BLOCKS = {r"single_transformer_blocks\..*": "joint"}
 
 _ROWS = (
     Family(
@@ -74,6 +88,7 @@ _ROWS = (
         "Stable Diffusion 3 / 3.5",
         ("SD3Transformer2DModel",),
         "pos_embed.proj",
+        token_roles=_TEXT_STREAM,
         modelspec="stable-diffusion-v3",
     ),
     Family(
@@ -84,6 +99,8 @@ _ROWS = (
         tokens="packed2",
         timestep_scale=1.0,
         guidance="two_calls",
+        text="first",
+        token_roles=_TEXT_STREAM | _SINGLE_BLOCKS,
         modelspec="flux-1-dev",
     ),
     Family(
@@ -95,6 +112,8 @@ _ROWS = (
         patch=1,
         timestep_scale=1.0,
         guidance="two_calls",
+        text="first",
+        token_roles=_TEXT_STREAM | _SINGLE_BLOCKS,
         modelspec="flux-2",
     ),
     Family(
@@ -104,6 +123,7 @@ _ROWS = (
         "pos_embed.proj",
         objective="epsilon",
         learned_sigma=True,
+        token_roles=_CROSS_ATTENTION,
         modelspec="pixart",
     ),
     Family(
@@ -121,6 +141,7 @@ _ROWS = (
         "Sana",
         ("SanaTransformer2DModel",),
         "patch_embed.proj",
+        token_roles=_CROSS_ATTENTION,
         modelspec="sana",
     ),
     Family(
@@ -133,6 +154,11 @@ _ROWS = (
         objective="flow_reversed",
         timestep_scale=1.0,
         guidance="two_calls",
+        text="first",
+        token_roles={
+            r"time_caption_embed\..*|context_refiner\..*": "mean",
+            r"layers\..*|norm_out\.linear_2": "joint",
+        },
         modelspec="lumina-2",
     ),
     Family(
@@ -145,6 +171,12 @@ _ROWS = (
         objective="flow_reversed",
         timestep_scale=1.0,
         guidance="cond_first",
+        text="last",
+        token_roles={
+            r"cap_embedder\..*|context_refiner\..*": "mean",
+            r"layers\..*|all_final_layer\..*": "joint",
+            r"all_x_embedder\..*": "list",
+        },
         modelspec="z-image",
     ),
     Family(
@@ -155,6 +187,7 @@ _ROWS = (
         tokens="packed2",
         timestep_scale=1.0,
         guidance="two_calls",
+        token_roles={r"txt_in|.*\.txt_(mod|mlp)\..*|.*\.(add_[qkv]_proj|to_add_out)": "mean"},
         modelspec="qwen-image",
     ),
     Family(
@@ -165,6 +198,7 @@ _ROWS = (
         objective="v",
         learned_sigma=True,
         row_layouts={r"text_embedder\..*": "fold"},
+        token_roles={r"text_embedder\..*": "mean"} | _CROSS_ATTENTION,
         modelspec="hunyuan-dit",
     ),
     Family(
@@ -174,6 +208,8 @@ _ROWS = (
         "pos_embed.proj",
         tokens="patchified",
         timestep_scale=1.0,
+        text="first",
+        token_roles=_TEXT_STREAM | _SINGLE_BLOCKS,
         modelspec="auraflow",
     ),
     Family(
@@ -183,6 +219,12 @@ _ROWS = (
         "patch_embed.proj",
         tokens="patchified",
         guidance="two_calls",
+        text="first",
+        token_roles={
+            r"patch_embed\.text_proj": "mean",
+            r".*\.attn1\..*": "joint",
+            r".*\.ff\..*": "either",
+        },
         modelspec="cogview4",
     ),
     Family(
@@ -193,6 +235,8 @@ _ROWS = (
         tokens="ncfhw",
         objective="v",
         row_layouts={r"patch_embed\.proj": "fold"},
+        text="first",
+        token_roles={r"patch_embed\.text_proj": "mean", r"transformer_blocks\..*": "joint"},
         modelspec="cogvideox",
     ),
     Family(
@@ -202,6 +246,7 @@ _ROWS = (
         "patch_embedding",
         tokens="ncfhw",
         guidance="two_calls",
+        token_roles={r"condition_embedder\..*": "mean"} | _CROSS_ATTENTION,
         modelspec="wan-2",
     ),
     Family(
@@ -211,6 +256,7 @@ _ROWS = (
         "proj_in",
         tokens="packed_frames",
         patch=1,
+        token_roles={r"time_embed\..*": "mean"} | _CROSS_ATTENTION,
         modelspec="ltx-video",
     ),
     Family(
@@ -220,6 +266,8 @@ _ROWS = (
         "x_embedder.proj",
         tokens="ncfhw",
         guidance="none",
+        text="last",
+        token_roles=_TEXT_STREAM | _SINGLE_BLOCKS,
         modelspec="hunyuan-video",
     ),
     Family(
@@ -230,6 +278,8 @@ _ROWS = (
         tokens="packed2",
         timestep_scale=1.0,
         guidance="two_calls",
+        text="first",
+        token_roles={r"distilled_guidance_layer\..*": "mean"} | _TEXT_STREAM | _SINGLE_BLOCKS,
         modelspec="chroma",
     ),
     Family(
@@ -239,6 +289,12 @@ _ROWS = (
         "x_embedder.proj",
         tokens="filled",
         patch_order="pqc",
+        text="last",
+        token_roles={
+            # the tokens an expert gets do not say where in the picture they are
+            r"caption_projection\..*|.*\.to_\w+_t|.*\.ff_t\..*|.*\.experts\..*": "mean",
+            r"single_stream_blocks\..*": "joint",
+        },
         modelspec="hidream-i1",
     ),
     Family(
@@ -247,6 +303,7 @@ _ROWS = (
         ("UNet2DConditionModel",),
         "conv_in",
         objective="epsilon",
+        token_roles={r"encoder_hid_proj(\..*)?": "mean"} | _CROSS_ATTENTION,
         modelspec="stable-diffusion",
     ),
     Family(

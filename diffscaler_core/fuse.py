@@ -59,6 +59,12 @@ def fuse_diffscaler(
             f"cannot fuse the control task {', '.join(sorted(controls))}: it acts only where there "
             f"is a control picture, and weights act everywhere"
         )
+    bound = {n for s in states_of(pipe) for n in names if n in s.tasks and s.is_bound(n)}
+    if bound:
+        raise DiffScalerError(
+            f"cannot fuse {', '.join(sorted(bound))}: weights act in every step and everywhere, a "
+            f"schedule or mask does not; set_diffscaler without them first"
+        )
     if not all(state.enabled for state in states_of(pipe)):
         raise DiffScalerError("tasks are disabled; call enable_diffscaler() before fusing")
     chosen = [(state, [n for n in names if n in state.tasks]) for state in states_of(pipe)]

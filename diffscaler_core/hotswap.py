@@ -91,7 +91,7 @@ def _layers(task: TaskAdapter, component: str) -> dict[str, Mapping[str, Tensor]
 
 
 def _affiners(attachment: Attachment, name: str) -> Mapping[str, Affiner]:
-    slot = attachment.names.index(name)
+    slot = attachment.slot_of(name)
     stacks: list[Any] = [*attachment.stacks, *attachment.controls]
     return {
         f"{CONTROL if isinstance(stack, ControlStack) else ''}{stack.name}": stack.affiner_of(slot)

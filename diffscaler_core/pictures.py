@@ -116,14 +116,14 @@ def as_mask(mask: Any) -> Tensor:
         mask = torch.from_numpy(np.array(mask))
     if not isinstance(mask, Tensor):
         raise DiffScalerError(
-            f"a control's mask is a PIL image, an array or a tensor, got {type(mask).__name__}"
+            f"a mask is a PIL image, an array or a tensor, got {type(mask).__name__}"
         )
     values = mask.detach()
     if values.dtype != torch.bool and not values.is_floating_point():
         values = values / 255
     values = values.float()
     if values.ndim < 2 or not values.numel() or values.numel() != math.prod(values.shape[-2:]):
-        raise DiffScalerError(f"a control's mask is (H, W), got {tuple(mask.shape)}")
+        raise DiffScalerError(f"a mask is (H, W), got {tuple(mask.shape)}")
     if not bool(((values >= 0) & (values <= 1)).all()):
-        raise DiffScalerError("a control's mask holds numbers in 0..1, got others")
+        raise DiffScalerError("a mask holds numbers in 0..1, got others")
     return values.reshape(1, 1, *values.shape[-2:])

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import DiffScalerError
-from .families import FAMILIES, token_form
+from .families import FAMILIES, Family, token_form
+from .tokens import OPEN_ENDED
 
 #: What diffusers' denoisers call their latents.
 _LATENTS = ("hidden_states", "sample", "x")
@@ -131,6 +132,51 @@ class Call:
         return (int(rows) + 1) * patch, (int(columns) + 1) * patch
 
     @property
+    def family(self) -> Family | None:
+        """The denoiser's architecture, or None if nobody knows it."""
+        name = type(self.model).__name__
+        return next((f for f in FAMILIES.values() if name in f.classes), None)
+
+    def frames(self) -> int:
+        """Returns how many frames of latents are drawn, 1 for pictures."""
+        latents, family = self.latents, self.family
+        if isinstance(latents, list | tuple):
+            return int(latents[0].shape[1])
+        if latents.ndim == 5:
+            # a 2-dimensional patch embedding sees frames as rows, which come before the channels
+            folds = family is not None and "fold" in family.row_layouts.values()
+            return int(latents.shape[1 if folds else 2])
+        told = self.kwargs.get("num_frames") if latents.ndim == 3 else None
+        return 1 if told is None else int(told)
+
+    @property
+    def text_layout(self) -> Any:
+        """What `text_lengths` is read off; the same object in every step of a sampling."""
+        text = self.kwargs.get("encoder_hidden_states")
+        shape = text.shape if isinstance(text, Tensor) else None
+        return shape, Same(self.kwargs.get("encoder_attention_mask"))
+
+    def text_lengths(self) -> tuple[int, ...]:
+        """Returns how many text tokens come before the picture's, one number or one per row.
+
+        Empty where nothing but text comes beside the picture, or the text behind it.
+        """
+        family, told = self.family, self.kwargs
+        if family is None or family.text != "first":
+            return ()
+        text, mask = told.get("encoder_hidden_states"), told.get("encoder_attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2:  # the model leaves out what it hides
+            return tuple(int(length) for length in mask.sum(dim=1).tolist())
+        if family.tokens not in OPEN_ENDED or not isinstance(text, Tensor):
+            return ()
+        return (int(text.shape[1]),)
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline that is running, or None."""
+        return self.running.get("self")
+
+    @property
     def is_unconditional(self) -> bool:
         """Says whether all of this call is the unconditional half of guidance by two calls."""
         told = self.kwargs.get("encoder_hidden_states")
@@ -141,14 +187,25 @@ class Call:
     def progress(self, scheduler: Any) -> float:
         """Returns the share of the sampling's steps that are done, 0 at the first."""
         steps = self._steps(scheduler)
+        done = self.index(scheduler) - self._first(scheduler, steps)
+        return done / len(steps)
+
+    def index(self, scheduler: Any) -> int:
+        """Returns which of `scheduler.timesteps` this call is for; their number after the last."""
+        steps = self._steps(scheduler)
         index = getattr(scheduler, "step_index", None)
-        if index is not None:
-            return float(index - (getattr(scheduler, "begin_index", None) or 0)) / len(steps)
-        if hasattr(scheduler, "step_index"):  # known from the first step on
-            return 0.0
-        now = self.kwargs.get("timestep", self.args[1] if len(self.args) > 1 else steps[0])
-        now = torch.as_tensor(now).flatten()[0].to(steps)
-        return float((steps - now).abs().argmin()) / len(steps)
+        if index is None:
+            index = self._first(scheduler, steps)
+            if not hasattr(scheduler, "step_index"):  # else it is known from the first step on
+                now = self.kwargs.get("timestep", self.args[1] if len(self.args) > 1 else steps[0])
+                now = torch.as_tensor(now).flatten()[0].to(steps)
+                index += int((steps - now).abs().argmin())
+        return int(index)
+
+    def _first(self, scheduler: Any, steps: Tensor) -> int:
+        """Returns which of `scheduler.timesteps` the sampling begins at."""
+        first = getattr(scheduler, "begin_index", None)
+        return len(scheduler.timesteps) - len(steps) if first is None else int(first)
 
     def _steps(self, scheduler: Any) -> Tensor:
         """Returns the timesteps of this sampling: where it begins with a picture, the last few."""
@@ -173,7 +230,7 @@ class Same:
 
 
 def spread(
-    count: int, images: int | None, call: Call, what: str, noun: str
+    count: int, images: int | None, call: Call, what: str, noun: str, *, counts: bool = True
 ) -> tuple[list[int], int]:
     """Returns which entry each sample of the batch belongs to, and how many halves the batch has.
 
@@ -187,6 +244,7 @@ def spread(
         call: The call.
         what: What the user called, for messages.
         noun: What it was given, in the plural.
+        counts: Whether it takes num_images_per_prompt.
 
     Raises:
         DiffScalerError: The batch does not fit the entries.
@@ -198,10 +256,11 @@ def spread(
         alone = prompts is None or images is None or batch % (prompts * images)
         return [0] * batch, 0 if alone else batch // (prompts * images)  # type: ignore[operator]
     if prompts is not None and prompts != count:
+        hint = " (or say num_images_per_prompt= as well, should this pipeline count pictures as "
         raise DiffScalerError(
             f"{what} got {count} {noun}, but the pipeline runs {prompts} prompts: give one entry "
-            f"per prompt, None for the base (or say num_images_per_prompt= as well, should this "
-            f"pipeline count pictures as prompts)"
+            f"per prompt, None for {'the base' if counts else 'none'}"
+            + (hint + "prompts)" if counts else "")
         )
     if images is None:
         images, halves = 1, int(batch == count)
@@ -209,8 +268,13 @@ def spread(
         halves = batch // (count * images) if batch % (count * images) == 0 else 0
     if not halves:
         raise DiffScalerError(
-            f"{count} {noun} do not fit a batch of {batch}: outside a diffusers pipeline say how "
-            f"the batch is built: {what}(…, num_images_per_prompt=…)"
+            f"{count} {noun} do not fit a batch of {batch}: "
+            + (
+                f"outside a diffusers pipeline say how the batch is built: "
+                f"{what}(…, num_images_per_prompt=…)"
+                if counts
+                else f"give one for all, or {what}({noun}=…) one per prompt of a diffusers pipeline"
+            )
         )
     return [entry for entry in range(count) for _ in range(images)] * halves, halves
 
@@ -227,8 +291,7 @@ def unconditional_rows(call: Call, halves: int) -> list[bool]:
     """
     if halves == 1:
         return [call.is_unconditional] * call.batch
-    name = type(call.model).__name__
-    guidance = next((f.guidance for f in FAMILIES.values() if name in f.classes), "uncond_first")
+    guidance = "uncond_first" if call.family is None else call.family.guidance
     if halves != 2:
         raise DiffScalerError(
             f"control_in_uncond=False: cannot tell which of a batch of {call.batch} are "

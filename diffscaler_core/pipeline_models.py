@@ -133,16 +133,11 @@ def add_task(name: str, task: TaskAdapter, models: Mapping[str, nn.Module]) -> N
             f"or pass hotswap=True to replace its tensors."
         )
     with ExitStack() as undo:
-        built = []
         for component, model in models.items():
             state = state_of(model) or ModelState(bare(model), component)
-            attachment = state.build({**state.running_tasks(), name: task}, model=model)
-            undo.callback(attachment.remove)
-            built.append((state, attachment))
+            state.take_in(name, task, model)
+            undo.callback(state.let_go, [name])
         undo.pop_all()
-    for state, attachment in built:
-        state.tasks[name] = task
-        state.adopt(attachment)
 
 
 def swap_task(name: str, task: TaskAdapter, models: Mapping[str, nn.Module]) -> None:

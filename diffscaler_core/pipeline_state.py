@@ -8,20 +8,26 @@ one `Attachment`: one matrix of strengths, so that batch rows can mix any of the
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .attach import Attachment, Row, Weight, attach
+from .attach import Attachment, Weight, attach
 from .errors import DiffScalerError
 from .matching import QKV, has_fused_qkv
 from .pipeline_call import Call, spread
+from .pipeline_regions import RegionRequest, layout_for
+from .pipeline_rows import RowRequest, mixes_of, times, with_controls
+from .pipeline_schedule import percent_of
+from .schedule import Factors, Schedule
 from .targets import resolve
 from .task import TaskAdapter
+from .token_layout import TokenLayout
 
 if TYPE_CHECKING:
     from .control_request import ControlRequest
@@ -30,18 +36,7 @@ logger = logging.getLogger(__name__)
 
 _KEY = "_diffscaler"
 
-
-@dataclass(frozen=True)
-class RowRequest:
-    """What a user asked for: one entry per prompt.
-
-    Attributes:
-        rows: One entry per prompt.
-        images: Pictures per prompt, or None: ask the running pipeline.
-    """
-
-    rows: tuple[Row, ...]
-    images: int | None = None
+Gates = tuple[Mapping[str, Tensor], TokenLayout | None]
 
 
 @dataclass
@@ -53,6 +48,8 @@ class ModelState:
         component: Its name in pipelines.
         tasks: name -> task. Their facts hold; the tensors in force are the attachment's.
         weights: name -> strength of the active tasks; the others are loaded and rest.
+        schedules: name -> how its strength goes over sampling time, instead of the task's own.
+        regions: Where tasks act, or None: everywhere.
         enabled: False: no task acts, whatever `weights` and `rows` say.
         rows: What rows run, or None.
         held: Controls that stay until they are taken away.
@@ -66,6 +63,8 @@ class ModelState:
     component: str
     tasks: dict[str, TaskAdapter] = field(default_factory=dict)
     weights: dict[str, Weight] = field(default_factory=dict)
+    schedules: dict[str, Schedule] = field(default_factory=dict)
+    regions: RegionRequest | None = None
     enabled: bool = True
     rows: RowRequest | None = None
     held: list[ControlRequest] = field(default_factory=list)
@@ -73,14 +72,16 @@ class ModelState:
     settled: bool = True
     attachment: Attachment | None = None
     fused: Any = None
-    _situation: Any = None  # of the call whose rows and controls are in force
+    _situation: Any = None  # of the call whose rows, controls, schedules and regions are in force
+    _gates: Gates | None = ({}, None)  # the regions in force; None: nobody knows
+    _pipe: weakref.ref[Any] | None = None  # whose scheduler is asked where no pipeline is running
     _warned: set[str] = field(default_factory=set)
     _handle: Any = None
     _owners: list[nn.Module] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves out the controls, which know their pipeline: a copied model has none."""
-        return {**self.__dict__, "held": [], "contexts": [], "_situation": None}
+        """Leaves out what knows its pipeline, so also the controls: a copied model has none."""
+        return {**self.__dict__, "held": [], "contexts": [], "_situation": None, "_pipe": None}
 
     def build(
         self,
@@ -102,12 +103,68 @@ class ModelState:
     def adopt(self, attachment: Attachment) -> None:
         """Puts a new attachment in place of the old one, and the state on the model."""
         old, self.attachment = self.attachment, attachment
+        self._gates = ({}, None)
         if old is not None:
             old.remove()
         if self._handle is None:
             hook = _CallHook(self)
             self._handle = self.model.register_forward_pre_hook(hook, with_kwargs=True)
         self.model.__dict__[_KEY] = self
+        self._owners = self._qkv_owners()
+        self.apply()
+
+    def choose(
+        self,
+        pipe: Any,
+        weights: Mapping[str, Weight],
+        schedules: Mapping[str, Schedule] | None = None,
+        regions: RegionRequest | None = None,
+    ) -> None:
+        """Makes these tasks the active ones, with these schedules and regions and no others.
+
+        Args:
+            pipe: The pipeline that asks for it.
+            weights: name -> strength.
+            schedules: name -> schedule.
+            regions: Where they act.
+        """
+        self._pipe = weakref.ref(pipe)
+        self.weights, self.schedules = dict(weights), dict(schedules or {})
+        self.regions = regions
+        self.apply()
+
+    def take_in(self, name: str, task: TaskAdapter, model: nn.Module) -> None:
+        """Attaches one more task, at strength 0, beside those there are. All or nothing.
+
+        Args:
+            name: What the task is called here.
+            task: The task.
+            model: The model as the pipeline holds it, perhaps compiled.
+        """
+        if self.attachment is None:
+            attachment = self.build({name: task}, model=model)
+            self.tasks[name] = task
+            self.adopt(attachment)
+            return
+        self.attachment.add(model, name, task)
+        self.tasks[name] = task
+        self._owners = self._qkv_owners()
+        self.apply()
+
+    def let_go(self, names: Sequence[str]) -> None:
+        """Takes tasks off; names of others are passed over."""
+        own = [name for name in names if name in self.tasks]
+        for name in own:
+            del self.tasks[name]
+            self.weights.pop(name, None)
+        if not own:
+            return
+        if not self.tasks or self.attachment is None:
+            self.clear()
+            return
+        for name in own:
+            if name in self.attachment.names:
+                self.attachment.drop(name)
         self._owners = self._qkv_owners()
         self.apply()
 
@@ -141,13 +198,17 @@ class ModelState:
         return self.fused is not None and name in self.fused.weights
 
     def apply(self) -> None:
-        """Puts the strengths in force; rows and controls follow at the model's next call."""
+        """Puts the strengths in force; all else follows at the model's next call."""
         self.held = [request for request in self.held if request.name in self.tasks]
+        self.schedules = {n: own for n, own in self.schedules.items() if n in self.tasks}
+        if self.regions is not None and not self.regions.masks.keys() & self.tasks.keys():
+            self.regions = None
         self._look_anew()
         if self.attachment is not None:
             with self.attachment.together():
                 self.attachment.set_weights(self._wanted() if self.enabled else {})
                 self.attachment.set_controls(None)
+                self._gate({}, None)
 
     def _wanted(self) -> dict[str, Weight]:
         """Returns the strengths of all active tasks that act by hooks."""
@@ -200,12 +261,32 @@ class ModelState:
     def _look_anew(self) -> None:
         """Makes the next call look at its batch, if there is anything to look for."""
         self._situation = None
-        asked = self.rows is not None or self.held or self.contexts or self._unmet()
-        self.settled = not asked
+        given = self.rows is not None or self.held or self.contexts or self.regions is not None
+        self.settled = not (given or self._scheduled() or self._unmet())
 
-    @torch.compiler.disable  # rows and controls are set between calls, never inside a graph
+    def schedule_of(self, name: str) -> Schedule | None:
+        """Returns how a task's strength goes over sampling time, None: it stays."""
+        own = self.schedules.get(name)
+        own = self.tasks[name].schedule if own is None and name in self.tasks else own
+        return None if own == Schedule() else own
+
+    def is_bound(self, name: str) -> bool:
+        """Says whether a task has a schedule or a mask."""
+        masked = self.regions is not None and name in self.regions.masks
+        return masked or self.schedule_of(name) is not None
+
+    def _scheduled(self) -> dict[str, Schedule]:
+        """Returns the schedules of the tasks that may act."""
+        if self.attachment is None or not self.enabled:
+            return {}
+        asked = {own.name for own in (*self.held, *self.contexts)} | self.weights.keys()
+        names = self.attachment.names if self.rows is not None else asked
+        found = {name: self.schedule_of(name) for name in self.attachment.names if name in names}
+        return {name: schedule for name, schedule in found.items() if schedule is not None}
+
+    @torch.compiler.disable  # what is set between calls is never inside a graph
     def settle(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Spreads rows and controls over the batch of a call about to be made."""
+        """Puts rows, controls, schedules and regions in force for a call about to be made."""
         if self.attachment is None or not self.enabled:
             return
         for name in self._unmet():
@@ -219,49 +300,54 @@ class ModelState:
         call = Call(self.model, args, kwargs)
         requests = {own.name: own for own in (*self.held, *self.contexts)}  # the innermost last
         own = {name: request.situation(call) for name, request in requests.items()}
-        situation = (call.batch, call.prompts, own)
+        factors = self._factors(call)
+        places = None if self.regions is None else self.regions.situation(call)
+        situation = (call.batch, call.prompts, own, factors, places)
         if situation == self._situation:
             return
         self._situation = None
-        controls = {n: requests[n].control(call) for n in own if own[n] is not None}
+        masks = self._masks(call)
+        controls = {n: requests[n].control(call, masks.get(n)) for n in own if own[n] is not None}
+        pictures = {n: control for n, control in controls.items() if control is not None}
         with self.attachment.together():
             if self.rows is None:
-                self.attachment.set_weights(self._with_controls(self._wanted(), requests, controls))
+                acting = with_controls(self._wanted(), requests, controls)
+                self.attachment.set_weights(times(acting, factors))
             else:
-                entries, _ = spread(
-                    len(self.rows.rows), self.rows.images, call, "diffscaler_rows", "rows"
-                )
-                mixes = self._mixes(self.rows.rows, requests, controls)
-                self.attachment.set_rows([mixes[entry] for entry in entries])
-            self.attachment.set_controls({n: c for n, c in controls.items() if c is not None})
+                mixes = mixes_of(self.rows.rows, self.attachment.names, requests, controls)
+                entries, _ = spread(len(mixes), self.rows.images, call, "diffscaler_rows", "rows")
+                self.attachment.set_rows([times(mixes[entry], factors) for entry in entries])
+            self.attachment.set_controls(pictures)
+            self._gate(masks, layout_for(call) if masks else None)
         self._situation = situation
 
-    def _mixes(
-        self,
-        rows: Sequence[Row],
-        requests: Mapping[str, ControlRequest],
-        controls: Mapping[str, Any],
-    ) -> list[dict[str, Weight]]:
-        """Returns what each row runs. A control task that no row names acts in all of them."""
-        known = self.attachment.names if self.attachment is not None else ()
-        plain = [{row: 1.0} if isinstance(row, str) else dict(row or {}) for row in rows]
-        named = {name for mix in plain for name in mix}
-        mixes = []
-        for mix in plain:
-            own = {name: weight for name, weight in mix.items() if name in known}
-            acting = {n: c for n, c in controls.items() if n in mix or n not in named}
-            mixes.append(self._with_controls(own, requests, acting))
-        return mixes
+    def _factors(self, call: Call) -> dict[str, Factors]:
+        """Returns what the schedules multiply strengths by in a call."""
+        schedules = self._scheduled()
+        percent = percent_of(call, self._pipe_of(call)) if schedules else 0.0
+        return {name: schedule.at(percent) for name, schedule in schedules.items()}
 
-    def _with_controls(
-        self,
-        weights: Mapping[str, Weight],
-        requests: Mapping[str, ControlRequest],
-        controls: Mapping[str, Any],
-    ) -> dict[str, Weight]:
-        """Returns the strengths with those of the controls multiplied in."""
-        acting = {n: requests[n].weight(weights.get(n, 1.0)) for n in controls}
-        return {n: w for n, w in weights.items() if n not in requests} | acting
+    def _masks(self, call: Call) -> dict[str, Tensor]:
+        """Returns the masks of the regions for a call, name -> (1 or batch, 1, H, W)."""
+        if self.regions is None or self.attachment is None:
+            return {}
+        images = None if self.rows is None else self.rows.images
+        return self.regions.masks_for(call, self.attachment.names, images, self._pipe_of(call))
+
+    def _gate(self, masks: Mapping[str, Tensor], layout: TokenLayout | None) -> None:
+        """Puts regions in force, unless they are."""
+        known, self._gates = self._gates, None
+        if known is None or known[1] != layout or known[0].keys() != masks.keys():
+            anew = True
+        else:
+            anew = any(mask is not known[0][name] for name, mask in masks.items())
+        if anew and self.attachment is not None:
+            self.attachment.set_regions(masks or None, layout)
+        self._gates = (masks, layout)
+
+    def _pipe_of(self, call: Call) -> Any:
+        """Returns the pipeline that makes a call, or the last that chose tasks, or None."""
+        return call.pipe or (None if self._pipe is None else self._pipe())
 
     def _unmet(self) -> list[str]:
         """Returns the control tasks that should act, have no picture, and were not named before."""

@@ -37,7 +37,9 @@ from .pipeline_models import (
     swap_task,
     weight_in,
 )
-from .pipeline_state import RowRequest
+from .pipeline_regions import regions_of
+from .pipeline_rows import RowRequest
+from .pipeline_schedule import schedules_of
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +95,7 @@ def load_diffscaler(
         return
     add_task(name, task, adapted)
     for state in states_of(pipe):
-        state.weights = {name: 1.0} if name in state.tasks else {}
-        state.apply()
+        state.choose(pipe, {name: 1.0} if name in state.tasks else {})
     for other in models.keys() - adapted.keys():
         logger.warning(
             "task %r adapts only %s; the pipeline's %s runs without it",
@@ -108,17 +109,33 @@ def set_diffscaler(
     pipe: DiffusionPipeline,
     names: str | Sequence[str],
     weights: Weight | Sequence[Weight | None] | None = None,
+    *,
+    schedules: Any = None,
+    masks: Any = None,
 ) -> None:
     """Makes these tasks the active ones; the others stay loaded and rest. No recompile.
+
+    Schedules and masks hold until the next call of this function, also in `diffscaler_rows`.
 
     Args:
         pipe: The pipeline.
         names: One or more loaded tasks; their effects add up in parallel.
         weights: Strength of each (or one for all): a number, {part: number} with parts "scale",
             "shift", "subspace", or {component: either of them}; absent entries 1. None: 1.
+        schedules: How strengths go over sampling time, as factors on them: one for all tasks, a
+            list with one or None for each, or {name: schedule}. A schedule is text ("0: 0, 0.3: 1",
+            percent of sampling time: factor), points [(percent, factor), …], {part: points} or a
+            `Schedule`. Tasks without one follow their own `TaskAdapter.schedule`, if they have any
+            ("0: 1" keeps such a task from it).
+        masks: Where tasks act: one for all, a list with one or None for each, or {name: mask}. A
+            mask is a PIL image (white: 1), an array or tensor (H, W) in 0..1, or a list of such or
+            None, one per prompt; it is cut as control pictures are. Text tokens get its mean. None:
+            everywhere.
 
     Raises:
-        DiffScalerError: An unknown or fused task, or another number of weights.
+        DiffScalerError: An unknown or fused task, another number of weights, schedules or masks, or
+            something that is none; in the call: another number of masks than prompts, or a
+            scheduler whose time nobody knows.
     """
     names = [names] if isinstance(names, str) else list(names)
     each = list(weights) if isinstance(weights, list | tuple) else [weights] * len(names)
@@ -129,14 +146,14 @@ def set_diffscaler(
         )
     check_names(pipe, names)
     check_unfused(pipe, "set the strength of", names)
+    over_time, regions = schedules_of(names, schedules), regions_of(names, masks)
     chosen = dict(zip(names, each, strict=True))
     plans = [
         (state, {n: weight_in(state.component, w) for n, w in chosen.items() if n in state.tasks})
         for state in states_of(pipe)
     ]
     for state, own in plans:
-        state.weights = own
-        state.apply()
+        state.choose(pipe, own, over_time, regions)
 
 
 def enable_diffscaler(pipe: DiffusionPipeline) -> None:
@@ -208,13 +225,7 @@ def delete_diffscaler(pipe: DiffusionPipeline, names: str | Sequence[str]) -> No
     check_names(pipe, names)
     check_unfused(pipe, "delete")
     for state in states_of(pipe):
-        rest = {n: state.current(n) for n in state.tasks if n not in names}
-        state.weights = {n: w for n, w in state.weights.items() if n in rest}
-        if not rest:
-            state.clear()
-        elif len(rest) < len(state.tasks):
-            state.tasks = rest
-            state.adopt(state.build(rest, compiled="reset"))
+        state.let_go(names)
 
 
 def unload_diffscaler(pipe: DiffusionPipeline, keep_fused: bool | None = None) -> None:

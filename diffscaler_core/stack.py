@@ -1,34 +1,40 @@
-"""K tasks on one layer, ready to run: what both carriers put behind a layer.
+"""K tasks on one layer: what both carriers put behind a layer.
 
 Knows layers only through (x, y, geometry, bias); how the call reaches the layer is the carrier's
-business (`attach.py` here, `nodes/patching.py` in ComfyUI).
+business (`attach.py` here, `nodes/patching.py` in ComfyUI). What the tasks' strengths are, and what
+was laid out for them, the model's `Ensemble` knows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from .affiner import PARTS, Affiner, ConvGeometry, Folded, apply_folded, fold, fold_alone
+from .affiner import PARTS, Affiner, ConvGeometry, apply_folded, fold, fold_alone
 from .affiner_grad import affine, is_plain
+from .arrangement import Arrangement, Ready
+from .ensemble import Ensemble
 from .errors import DiffScalerError
+from .forms import apply_form
 from .groups import apply_each, apply_stacked, fold_groups, stack_groups
+from .layer_tasks import Layer, version_of
+from .regional import apply_factors
+from .regional_forms import Question
 from .scales import ScaleWatch
 from .siblings import Offer, Shared, Siblings
 
 _NOBODY = -1
-AnyTensor = TypeVar("AnyTensor", Tensor, Tensor | None)
 
 
 class AffinerStack(nn.Module):
-    """The affiners of several tasks on one layer, folded for the strengths in force.
+    """The affiners of several tasks on one layer.
 
-    Strengths live in `weights`, changed in place, so that a compiled model sees new values without
-    a new graph. While any parameter requires a gradient the stack is folded anew at every call;
-    otherwise once, and again when weights or (outside compiled code) parameters have changed.
+    Strengths live in the ensemble's tensors, changed in place, so that a compiled model sees new
+    values without a new graph. While a parameter of a task that acts requires a gradient the stack
+    is folded anew at every call.
 
     Args:
         name: The layer's name, for messages.
@@ -52,56 +58,79 @@ class AffinerStack(nn.Module):
     ) -> None:
         super().__init__()
         self.name = name
-        modules = all(isinstance(affiner, nn.Module) for affiner in affiners)
-        self.affiners = nn.ModuleList(affiners) if modules else tuple(affiners)
+        self.affiners = nn.ModuleList(affiners)
         self.slots = tuple(slots)
         self.geometry = geometry
         self.row_layout = row_layout
-        self.idle = False
         self.siblings = Siblings()
         self.watch = ScaleWatch()
+        self.layer = Layer(name, dict(zip(slots, affiners, strict=True)), bias, geometry)
         self._groups: tuple[int, ...] | None = None
-        self._alone: int | None = None
+        self._alone_for: Tensor | None = None
+        self._alone_then: int | None = None
         self._known = self._found()
-        self._bias = bias  # not a buffer: it belongs to the host
-        self._weights = torch.ones(len(self.slots), len(PARTS))
-        self._folded: Folded | None = None
-        self._folded_version = 0
+        self.ensemble = Ensemble()
+        self.join(self.ensemble, self.siblings, self.watch)
+        self.set_weights(torch.ones(1 + max(self.slots, default=0), len(PARTS)))
 
-    def join(self, siblings: Siblings, watch: ScaleWatch) -> None:
+    def join(self, ensemble: Ensemble, siblings: Siblings, watch: ScaleWatch) -> None:
         """Makes this one of a model's stacks, which share what they know."""
-        self.siblings, self.watch = siblings, watch
+        self.ensemble, self.siblings, self.watch = ensemble, siblings, watch
+        ensemble.add(self.layer)
 
     def set_weights(self, weights: Tensor) -> None:
-        """Puts strengths in force: (K_all, 3) for the whole batch, or (B, K_all, 3) for rows."""
-        with torch.inference_mode(False), torch.no_grad():  # training may come later
-            own = weights[..., list(self.slots), :].float()
-            self.idle = not bool(own.any())
-            self._groups = None
-            self._alone = _alone(own)
-            self._weights = _overwrite(self._weights, own)
-            if self._folded is not None:
-                self._refold(self._folded)
+        """Puts strengths in force in all stacks of the ensemble; see `Ensemble.set_weights`."""
+        self._groups = None
+        self.ensemble.set_weights(weights)
 
-    def set_groups(self, groups: Sequence[int]) -> None:
+    def set_groups(self, groups: Sequence[int] | None) -> None:
         """Makes each of len(groups) equal parts of the batch run one task alone, at strength 1.
 
-        The next `set_weights` ends it.
-
         Args:
-            groups: Per part of the batch its task's index among all tasks attached.
+            groups: Per part of the batch its task's index among all tasks attached; None: the
+                ensemble's strengths again.
         """
-        if len(set(groups)) == 1:  # one task for all: the plain path, at the plain path's cost
-            weights = torch.zeros(1 + max(*self.slots, groups[0]), len(PARTS))
-            weights[groups[0]] = 1
-            self.set_weights(weights)
-            self._alone = self.slots.index(groups[0]) if groups[0] in self.slots else _NOBODY
-        else:
+        self._groups = None
+        if groups is not None:
             self._groups = tuple(self.slots.index(g) if g in self.slots else -1 for g in groups)
 
     def affiner_of(self, slot: int) -> Affiner:
         """Returns the affiner of the task with this index among all tasks attached."""
         return self._affiners()[self.slots.index(slot)]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's own bias, float32, (C_out,), where a scale asks for it."""
+        return self.layer.bias
+
+    def put(self, slot: int, affiner: Affiner, bias: Tensor | None = None) -> None:
+        """Adds a task's affiner here.
+
+        Args:
+            slot: The task's index among all tasks attached; nobody has it here.
+            affiner: The affiner.
+            bias: As in the class, should nobody have asked for it before.
+        """
+        self.affiners.append(affiner)
+        self.slots = (*self.slots, slot)
+        self.layer.affiners[slot] = affiner
+        self.layer.bias = bias if self.layer.bias is None else self.layer.bias
+        self.unsettle()
+
+    def renumber(self, slot: int) -> None:
+        """Gives the only task another index."""
+        (affiner,) = self.layer.affiners.values()
+        self.slots = (slot,)
+        self.layer.affiners = {slot: affiner}
+        self.unsettle()
+
+    def drop(self, slot: int) -> None:
+        """Takes a task's affiner away, if it has one here."""
+        if slot in self.slots:
+            del self.affiners[self.slots.index(slot)]
+            self.slots = tuple(own for own in self.slots if own != slot)
+            del self.layer.affiners[slot]
+            self.unsettle()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Returns y + Σ wₖ Δₖ(x, y), shaped like y; y itself is never modified.
@@ -109,39 +138,92 @@ class AffinerStack(nn.Module):
         Raises:
             DiffScalerError: Rows or groups are set, and the layer's leading dimension does not fit.
         """
-        live = any(parameter.requires_grad for parameter in self._known)
         if self._groups is not None:
-            return self._apply_groups(x, y, self._groups, live)
+            return self._apply_groups(x, y, self._groups)
         if torch.compiler.is_compiling():
-            return self._apply_traced(x, y, live)
-        if self.idle and not live:
+            return self._apply_traced(x, y)
+        now = self.ensemble.now
+        if now is None:
             return y
-        if live:
+        if now.is_live(self.layer):
+            self.layer.was_live = True
             return self._apply_live(x, y)
-        repeats = self._row_repeats(y) if self._weights.ndim == 3 else 1
-        return apply_folded(x, y, self._folded_for(y.device, y.dtype), self.geometry, repeats)
+        place = (y.device, y.dtype)
+        ready = now.ready(self.layer, place)
+        if ready is None:
+            return y
+        if self.layer.was_live or not ready.is_current:
+            self.ensemble.forget()
+            now = cast(Arrangement, self.ensemble.now)
+            ready = cast(Ready, now.ready(self.layer, place))
+        repeats = self._row_repeats(y, now.rows) if now.rows else 1
+        if self.ensemble.regional is not None:
+            own = self.ensemble.regional.of(self._question(y, repeats), *self._here())
+            return y if own is None else apply_factors(x, y, *own, self.geometry)
+        return apply_form(x, y, ready.form, self.geometry, repeats, not now.plain)
+
+    def _question(self, y: Tensor, repeats: int) -> Question:
+        place = (y.device, y.dtype)
+        return Question(self.name, tuple(y.shape), place, self.geometry, self.row_layout, repeats)
+
+    def _here(self) -> tuple[dict[int, Affiner], Tensor | None]:
+        return self.layer.affiners, self.layer.bias
 
     def _apply_live(self, x: Tensor, y: Tensor) -> Tensor:
         """Applies parameters that are being trained."""
-        self._folded = None
-        if self._alone is None:
-            return self._apply_traced(x, y, True)
-        if self._alone == _NOBODY:
-            return y
-        folded = fold_alone(self._affiners()[self._alone], self._bias, y.device)
+        if self.ensemble.regional is not None:
+            raise DiffScalerError(
+                f"regions are set, but the task's parameters on {self.name!r} are being trained: "
+                f"a task is trained on whole pictures; take the regions away"
+            )
+        alone = self._alone()
+        if alone is None:
+            return self._apply_folded_now(x, y)
+        return y if alone == _NOBODY else self._apply_alone(x, y, alone)
+
+    def _apply_alone(self, x: Tensor, y: Tensor, which: int) -> Tensor:
+        folded = fold_alone(self._affiners()[which], self.layer.bias, y.device)
         if self._is_lean(x, y):
             return affine(x, y, folded, self.name, shared=self._share(x, y))
         return apply_folded(x, y, folded.to(y.device, y.dtype), self.geometry)
 
-    def _apply_traced(self, x: Tensor, y: Tensor, live: bool) -> Tensor:
-        """Applies in a way that compiled code can follow: it changes nothing, asks no `idle`."""
-        repeats = self._row_repeats(y) if self._weights.ndim == 3 else 1
-        if live:
-            folded = fold(self._affiners(), self._weights.to(y.device), self._bias)
-            folded = folded.to(y.device, y.dtype)
-        else:
-            folded = self._folded_in_trace(y)
-        return apply_folded(x, y, folded, self.geometry, repeats)
+    def _apply_folded_now(self, x: Tensor, y: Tensor) -> Tensor:
+        weights = self._own_weights()
+        folded = fold(self._affiners(), weights.to(y.device), self.layer.bias)
+        repeats = self._row_repeats(y, len(weights)) if weights.ndim == 3 else 1
+        return apply_folded(x, y, folded.to(y.device, y.dtype), self.geometry, repeats)
+
+    def _apply_traced(self, x: Tensor, y: Tensor) -> Tensor:
+        """Applies in a way that compiled code can follow."""
+        if any(parameter.requires_grad for parameter in self._known):
+            return self._apply_folded_now(x, y)
+        if self.ensemble.regional is not None:
+            self._prepare_regional(y.shape, y.device, y.dtype)
+            own = self.layer.compiled_regional
+            return y if own is None else apply_factors(x, y, *own, self.geometry)
+        self._prepare_compiled(y.device, y.dtype)
+        form = self.layer.compiled
+        if form is None:
+            return y
+        repeats = self._row_repeats(y, form.rows) if form.rows else 1
+        return apply_form(x, y, form, self.geometry, repeats)
+
+    @torch.compiler.assume_constant_result
+    def _prepare_compiled(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Runs while code is being compiled, not in it."""
+        self.ensemble.prepare_compiled(self.layer, (device, dtype))
+        return True
+
+    @torch.compiler.assume_constant_result
+    def _prepare_regional(
+        self, shape: torch.Size, device: torch.device, dtype: torch.dtype
+    ) -> bool:
+        """Runs while code is being compiled, not in it."""
+        y = torch.empty((), device=device, dtype=dtype).expand(shape)
+        rows = self.ensemble.rows
+        repeats = self._row_repeats(y, rows) if rows else 1
+        self.ensemble.prepare_regional(self.layer, self._question(y, repeats))
+        return True
 
     def _is_lean(self, x: Tensor, y: Tensor) -> bool:
         """Says whether the gradients can be had while keeping less (see `affiner_grad`)."""
@@ -158,13 +240,14 @@ class AffinerStack(nn.Module):
 
     def offer(self, device: torch.device, dtype: torch.dtype) -> Offer | None:
         """Returns the D that is trained here now; None if there is none to share."""
-        if self.geometry is not None or self._groups is not None:
+        if self.geometry is not None:
             return None
         if not any(parameter.requires_grad for parameter in self._known):
             return None
-        if self._alone is None or self._alone == _NOBODY:
+        alone = self._alone()
+        if alone is None or alone == _NOBODY:
             return None
-        affiner = self._affiners()[self._alone]
+        affiner = self._affiners()[alone]
         down = affiner.down
         if not isinstance(down, nn.Parameter):  # none, or computed whenever it is read
             return None
@@ -178,9 +261,13 @@ class AffinerStack(nn.Module):
     @property
     def version(self) -> int:
         """A number that grows with every in-place change of a parameter."""
-        return sum(t._version for t in self._known if not t.is_inference())
+        return version_of(self._known)
 
-    def _apply_groups(self, x: Tensor, y: Tensor, groups: tuple[int, ...], live: bool) -> Tensor:
+    def _apply_groups(self, x: Tensor, y: Tensor, groups: tuple[int, ...]) -> Tensor:
+        live = any(parameter.requires_grad for parameter in self._known)
+        if live and len(set(groups)) == 1:  # one task for all: the plain path, at its cost
+            self.layer.was_live = True
+            return y if groups[0] < 0 else self._apply_alone(x, y, groups[0])
         whole = y.shape[1] if self.row_layout == "flat" and y.shape[0] == 1 else y.shape[0]
         if whole % len(groups):
             raise DiffScalerError(
@@ -191,7 +278,7 @@ class AffinerStack(nn.Module):
             )
         affiners = self._affiners()
         chosen = [None if i < 0 else affiners[i] for i in groups]
-        folded = fold_groups(chosen, self._bias, y.device)
+        folded = fold_groups(chosen, self.layer.bias, y.device)
         if self.geometry is not None:
             return apply_each(x, y, folded, self.geometry)
         if all(own is None for own in folded):
@@ -201,66 +288,42 @@ class AffinerStack(nn.Module):
             return affine(x, y, stacked, self.name, len(groups))
         return apply_stacked(x, y, stacked.to(y.device, y.dtype))
 
-    def _folded_in_trace(self, y: Tensor) -> Folded:
-        if self._folded is not None and _settled(self._folded, y.device, y.dtype):
-            return self._folded
-        return self._fold_now().to(y.device, y.dtype)  # a traced call must not change the stack
-
-    def _folded_for(self, device: torch.device, dtype: torch.dtype) -> Folded:
-        if (
-            self._folded is None
-            or not _settled(self._folded, device, dtype)
-            or self._folded_version != self.version
-        ):
-            self.settle(device, dtype)
-        return cast(Folded, self._folded)
-
     def settle(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Folds now for this device and dtype, so that the first call need not."""
-        with torch.inference_mode(False):  # what inference folds, training may use
-            self._folded = self._fold_now().to(device, dtype)
-        self._folded_version = self.version
+        """Lays the tasks out now for this device and dtype, so that the first call need not."""
+        self.ensemble.settle(device, dtype)
 
     def unsettle(self) -> None:
-        """Drops the folded copies; the next call folds again, and looks for the parameters anew."""
-        self._folded = None
+        """Drops what was computed; the next call computes it, and looks for the parameters anew."""
         self._known = self._found()
+        self.ensemble.forget(compiled=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AffinerStack:
         super()._apply(fn, recurse)
-        self._known = self._found()  # torch may have put new parameters in the old ones' places
+        self.unsettle()  # torch may have put new parameters in the old ones' places
         return self
 
     @property
-    def folded_bytes(self) -> int:
-        """Bytes of the folded copies, held beside the parameters."""
-        held = [] if self._folded is None else self._folded.tensors()
-        return sum(t.numel() * t.element_size() for t in held)
+    def computed_bytes(self) -> int:
+        """Bytes of what was computed from the parameters, held beside them."""
+        return self.ensemble.bytes_of([self.layer])
 
     @property
     def nbytes(self) -> int:
-        """Bytes this stack holds: parameters and their folded copies."""
-        return self.folded_bytes + sum(p.numel() * p.element_size() for p in self.parameters())
+        """Bytes this stack holds: parameters, and what was computed from them."""
+        return self.computed_bytes + sum(p.numel() * p.element_size() for p in self.parameters())
 
-    @torch.no_grad()
-    def _fold_now(self) -> Folded:
-        device = next(iter(self._known), self._weights).device
-        return fold(self._affiners(), self._weights.to(device), self._bias)
+    def _own_weights(self) -> Tensor:
+        """Returns the strengths of this layer's tasks, (K, 3), or (B, K, 3) with rows."""
+        return self.ensemble.weights[..., list(self.slots), :]
 
-    def _refold(self, old: Folded) -> None:
-        """Folds anew into the tensors there are, so that compiled code sees the new values."""
-        like = next(iter(old.tensors()), self._weights)
-        new = self._fold_now().to(like.device, like.dtype)
-        self._folded = Folded(
-            gain=_overwrite(old.gain, new.gain),
-            offset=_overwrite(old.offset, new.offset),
-            down=_overwrite(old.down, new.down),
-            up=_overwrite(old.up, new.up),
-            floor=_overwrite(old.floor, new.floor),
-            linear=new.linear,
-            mask=_overwrite(old.mask, new.mask),
-        )
-        self._folded_version = self.version
+    def _alone(self) -> int | None:
+        """Returns the affiner that runs alone at strength 1; None if that is not the case."""
+        if self._groups is not None:
+            return self._groups[0] if len(set(self._groups)) == 1 else None
+        if self.ensemble.weights is not self._alone_for:
+            self._alone_for = self.ensemble.weights
+            self._alone_then = _alone(self._own_weights())
+        return self._alone_then
 
     def _affiners(self) -> list[Affiner]:
         return [cast(Affiner, affiner) for affiner in self.affiners]
@@ -269,9 +332,8 @@ class AffinerStack(nn.Module):
         """Returns the parameters; asking the modules at each call would cost more than a sum."""
         return [parameter for affiner in self._affiners() for parameter in affiner.parameters()]
 
-    def _row_repeats(self, y: Tensor) -> int:
+    def _row_repeats(self, y: Tensor, rows: int) -> int:
         """Returns how many consecutive leading entries of y belong to one row."""
-        rows = self._weights.shape[0]
         if y.shape[0] == rows:
             return 1
         length = y.shape[1] if self.row_layout == "flat" and y.shape[0] == 1 else y.shape[0]
@@ -285,24 +347,9 @@ class AffinerStack(nn.Module):
 
 
 def _alone(weights: Tensor) -> int | None:
-    """Returns the affiner that runs alone at strength 1; None if that is not the case."""
     if weights.ndim == 3:
         return None
     running = [k for k, own in enumerate(weights.tolist()) if any(own)]
     if len(running) != 1 or weights[running[0]].tolist() != [1.0] * len(PARTS):
         return None
     return running[0]
-
-
-def _settled(folded: Folded, device: torch.device, dtype: torch.dtype) -> bool:
-    like = next(iter(folded.tensors()), None)
-    return like is None or (like.device == device and like.dtype == dtype)
-
-
-def _overwrite(old: AnyTensor, new: AnyTensor) -> AnyTensor:
-    """Writes new values into the old tensor where that is possible, so that graphs see them."""
-    if old is None or new is None or (old.shape, old.dtype) != (new.shape, new.dtype):
-        return new
-    if old.is_inference():
-        return new
-    return old.copy_(new)

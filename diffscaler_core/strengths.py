@@ -18,7 +18,9 @@ def parse_strengths(text: str, count: int) -> list[float]:
     Raises:
         DiffScalerError: Another number of strengths, or something that is no number.
     """
-    numbers = [_number(word, f"strengths {text!r}") for word in re.split(r"[,;\s]+", text) if word]
+    numbers = [
+        read_number(word, f"strengths {text!r}") for word in re.split(r"[,;\s]+", text) if word
+    ]
     if len(numbers) <= 1:
         return (numbers or [1.0]) * count
     if len(numbers) != count:
@@ -54,7 +56,7 @@ def parse_block_weights(text: str) -> dict[str, float]:
         which, colon, number = line.rpartition(":")
         if not colon or not which.strip():
             raise DiffScalerError(f"{where}: write 'which: factor', such as '0-5: 0.5'")
-        weights.setdefault(_pattern(which.strip(), where), _number(number.strip(), where))
+        weights.setdefault(_pattern(which.strip(), where), read_number(number.strip(), where))
     return weights
 
 
@@ -78,7 +80,8 @@ def _pattern(which: str, where: str) -> str:
     return which
 
 
-def _number(word: str, where: str) -> float:
+def read_number(word: str, where: str) -> float:
+    """Returns the finite number a word says; `where` begins the message if it says none."""
     try:
         number = float(word)
     except ValueError:

@@ -16,6 +16,7 @@ from .affiner import ACTIVATIONS, init_affiner
 from .errors import DiffScalerError, UnknownNameError, unknown
 from .families import family_of
 from .methods import METHODS
+from .schedule import Schedule
 from .targets import Target, as_target, component_of, find_targets, pattern_value, resolve
 
 Layers = Mapping[str, Mapping[str, Tensor]]
@@ -41,6 +42,8 @@ class TaskAdapter:
         modelspec: Stability ModelSpec entries without their prefix (title, author, thumbnail, …).
         extras: The control affiner of a control task, "control.<component>.<embedding>.<part>"; the
             embedding is the base's own (see `control.py`).
+        schedule: How the task's strength goes over sampling time, None: it stays. It belongs to the
+            running task and is not written to its file; what samples with the task applies it.
     """
 
     layers: Layers
@@ -48,6 +51,7 @@ class TaskAdapter:
     conditioning: Mapping[str, Tensor] = field(default_factory=dict)
     modelspec: Mapping[str, str] = field(default_factory=dict)
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         """Freezes the mappings, so that a task shared by many models cannot change under them."""
@@ -60,7 +64,7 @@ class TaskAdapter:
         """Lets a task be copied and pickled, which its read-only mappings alone cannot be."""
         layers = {name: dict(tensors) for name, tensors in self.layers.items()}
         facts = (self.info, self.conditioning, self.modelspec, self.extras)
-        return TaskAdapter, (layers, *map(dict, facts))
+        return TaskAdapter, (layers, *map(dict, facts), self.schedule)
 
     @property
     def name(self) -> str:

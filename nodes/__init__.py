@@ -7,13 +7,17 @@ from comfy_api.latest import ComfyExtension, io
 
 from .apply_task import DiffScalerApplyTask
 from .combine_tasks import DiffScalerCombineTasks
+from .compare_tasks import DiffScalerCompareTasks
 from .control import DiffScalerControl
 from .folders import register_folder
 from .load_task import DiffScalerLoadTask
+from .route_tasks import DiffScalerRouteTasks
 from .save_task import DiffScalerSaveTask
 from .scale_task import DiffScalerScaleTask
+from .schedule_task import DiffScalerScheduleTask
 from .stack_tasks import DiffScalerStackTasks
 from .task_conditioning import DiffScalerTaskConditioning
+from .task_grid import DiffScalerTaskGrid
 from .task_info import DiffScalerTaskInfo
 from .train_task import DiffScalerTrainTask
 from .training_settings import DiffScalerTrainingSettings
@@ -23,6 +27,10 @@ NODES: list[type[io.ComfyNode]] = [
     DiffScalerApplyTask,
     DiffScalerStackTasks,
     DiffScalerControl,
+    DiffScalerRouteTasks,
+    DiffScalerScheduleTask,
+    DiffScalerCompareTasks,
+    DiffScalerTaskGrid,
     DiffScalerScaleTask,
     DiffScalerCombineTasks,
     DiffScalerTaskInfo,

@@ -2,6 +2,7 @@
 
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..diffscaler_core import TaskAdapter
 from .edge_types import CATEGORY, Task
@@ -29,6 +30,12 @@ class DiffScalerApplyTask(io.ComfyNode):
                 *range_inputs(),
                 *part_inputs(),
                 component_input(),
+                io.Mask.Input(
+                    "region",
+                    optional=True,
+                    tooltip="Where in the picture the task acts; the rest is the model's own. One "
+                    "mask for all, or one per latent of the batch; of any size.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model with the task.")],
         )
@@ -45,9 +52,11 @@ class DiffScalerApplyTask(io.ComfyNode):
         shift: float = 1.0,
         subspace: float = 1.0,
         component: str = "auto",
+        region: Tensor | None = None,
     ) -> io.NodeOutput:
         """Runs the node."""
         parts = {"scale": scale, "shift": shift, "subspace": subspace}
         strengths = {part: strength * factor for part, factor in parts.items()}
         chosen = None if component == "auto" else component
-        return io.NodeOutput(apply_task(model, task, strengths, start_percent, end_percent, chosen))
+        times = (start_percent, end_percent)
+        return io.NodeOutput(apply_task(model, task, strengths, *times, chosen, region))

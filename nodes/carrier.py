@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from ..diffscaler_core import AffinerStack, DiffScalerError, MismatchError
 from ..diffscaler_core.affiner import Affiner, affiner_from
 from ..diffscaler_core.control import Control, ControlStack
+from ..diffscaler_core.ensemble import Ensemble
 from ..diffscaler_core.errors import first_names
 from ..diffscaler_core.matching import embedding_at
+from ..diffscaler_core.regions import Regions
 from ..diffscaler_core.scales import ScaleWatch
 from ..diffscaler_core.siblings import Siblings
 from ..diffscaler_core.targets import bias_of, geometry_of, resolve
@@ -142,13 +144,14 @@ class Carrier:
         self._modules: dict[str, nn.Module] = {n: m for n, m in found.items() if m is not None}
         self._stacks = {name: self._stack(model, name, tasks) for name in names}
         self._controls = {name: self._control_stack(model, name, controls) for name in embeds}
-        siblings, watch = Siblings(), ScaleWatch()
+        self._ensemble, siblings, watch = Ensemble(), Siblings(), ScaleWatch()
         for stack in self._stacks.values():
-            stack.join(siblings, watch)
+            stack.join(self._ensemble, siblings, watch)
         self._forwards: dict[str, tuple[Any, Callable[..., Tensor]]] = {}
         self._turns = _Turns()
         self._remembered: dict[Hashable, Control] = {}
         self._weights: Tensor | None = None
+        self._grouped = False
         self._place: tuple[torch.device, torch.dtype] | None = None
         self._unchecked = check
         self.closed = False
@@ -179,8 +182,9 @@ class Carrier:
     @property
     def folded_bytes(self) -> int:
         """Bytes held beside the parameters."""
-        folded = sum(stack.folded_bytes for stack in self._stacks.values())
-        return folded + sum(stack.kept_bytes for stack in self._controls.values())
+        return self._ensemble.computed_bytes + sum(
+            stack.kept_bytes for stack in self._controls.values()
+        )
 
     def prepare(self, weights: Tensor, device: torch.device, dtype: torch.dtype) -> bool:
         """Puts strengths in force and computes what follows; says whether it had to start anew.
@@ -191,13 +195,10 @@ class Carrier:
             dtype: What it computes in.
         """
         if self._weights is None or not torch.equal(self._weights, weights):
-            for stack in self._all_stacks():
-                stack.set_weights(weights)
-            self._weights = weights
+            self._put(weights)
         if self._place == (device, dtype):
             return False
-        for stack in self._stacks.values():
-            stack.settle(device, dtype)
+        self._ensemble.settle(device, dtype)
         self._place = (device, dtype)
         return True
 
@@ -208,11 +209,23 @@ class Carrier:
             groups: Per part its task's index; None: the strengths last prepared. `prepare` with
                 other strengths ends it too.
         """
+        if groups is None:
+            self._put(self._weights)
+            return
         for stack in self._all_stacks():
-            if groups is not None:
-                stack.set_groups(groups)
-            elif self._weights is not None:
-                stack.set_weights(self._weights)
+            stack.set_groups(groups)
+        self._grouped = True
+
+    def _put(self, weights: Tensor | None) -> None:
+        if self._grouped:
+            for stack in self._stacks.values():
+                stack.set_groups(None)
+        self._grouped = False
+        if weights is not None:
+            self._ensemble.set_weights(weights)
+            for control in self._controls.values():
+                control.set_weights(weights)
+        self._weights = weights
 
     def set_controls(self, controls: Mapping[int, Control]) -> None:
         """Gives control tasks their pictures, until the next call of this.
@@ -225,6 +238,10 @@ class Carrier:
             stack.set_controls(controls)
         if not controls:
             self._remembered.clear()
+
+    def set_regions(self, regions: Regions | None) -> None:
+        """Makes tasks act in parts of the picture alone, until the next call of this."""
+        self._ensemble.set_regions(regions)
 
     def remembered(self, key: Hashable, make: Callable[[], Control]) -> Control:
         """Returns the control of this key, made now if it is new; `set_controls({})` forgets."""

@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 
 #: Before the id of a control, in `model_conds`.
 PREFIX = "ds_control:"
-#: Where a conditioning carries them for a model that refuses arguments it does not know: on a model
-#: without the control, ComfyUI would hand them to it.
-ASIDE = "ds_controls"
+#: Where a conditioning carries what is ours for a model that refuses arguments it does not know: on
+#: a model without our wrappers, ComfyUI would hand it to it.
+ASIDE = "ds_conds"
 #: Sizes of one picture that stay encoded.
 _KEPT = 4
 
@@ -103,10 +103,7 @@ class ControlPicture:
             model: The `BaseModel` that is to run it.
             is_on: False: these rows run without the control.
         """
-        parameters = inspect.signature(model.diffusion_model.forward).parameters.values()
-        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-        place = "model_conds" if takes_any else ASIDE
-        cond = ControlCond(self, is_on)
+        place, cond = place_for(model), ControlCond(self, is_on)
         return [
             [context, {**more, place: {**more.get(place, {}), self.key: cond}}]
             for context, more in conditioning
@@ -297,6 +294,18 @@ class ControlRows:
         return part.placed
 
 
+def place_for(model: Any) -> str:
+    """Returns where a conditioning carries what is ours for this `BaseModel`."""
+    parameters = inspect.signature(model.diffusion_model.forward).parameters.values()
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return "model_conds" if takes_any else ASIDE
+
+
+def conds_of(cond: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a conditioning carries for a model's call, by name, wherever it carries it."""
+    return {**cond.get("model_conds", {}), **cond.get(ASIDE, {})}
+
+
 def placed_conds(
     conds: Mapping[str, Sequence[Any]], names: Mapping[str, str], model: Any, shape: Sequence[int]
 ) -> dict[str, list[Any]]:
@@ -332,7 +341,7 @@ def _placed_cond(
 ) -> Any:
     placed = {}
     own = cond.get("model_conds", {})
-    for key, one in {**own, **cond.get(ASIDE, {})}.items():
+    for key, one in conds_of(cond).items():
         if key in names and isinstance(one, ControlCond):
             found.add(key)
             at = one.placed or one.picture.placed(model, shape)

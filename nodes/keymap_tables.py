@@ -36,6 +36,10 @@ class Architecture:
         tokens: What the patch embedding sees, where it is not what diffusers' one does
             (`families.Family.tokens`).
         reference_first: True: the patch embedding gets reference pictures before the latents.
+        text: Where text tokens lie among the image's; None: as in diffusers
+            (`families.Family.text`), like the next two.
+        references: Where reference pictures lie (`token_layout.TokenLayout.references`).
+        token_roles: Pattern of native names -> role, as in `families.Family`.
     """
 
     diffusers: str
@@ -48,6 +52,9 @@ class Architecture:
     row_layouts: Mapping[str, str] = field(default_factory=dict)
     tokens: str = ""
     reference_first: bool = False
+    text: str | None = None
+    references: str | None = None
+    token_roles: Mapping[str, str] | None = None
 
 
 def _qkv(prefix: str, *leaves: str) -> tuple[str, ...]:
@@ -218,17 +225,66 @@ _HUNYUAN_VIDEO |= {
     "double_blocks.*.txt_mlp.2": "transformer_blocks.*.ff_context.net.2",
 }
 
+# Which tokens layers see: those in none of these see the image's (`token_layout.ROLES`).
+_SINGLE_BLOCKS = {r"single_blocks\..*": "joint"}
+_FLUX_ROLES = {r"txt_in|double_blocks\.\d+\.txt_\w+\..*": "mean"} | _SINGLE_BLOCKS
+_HUNYUAN_VIDEO_ROLES = {
+    # modulations may have two vectors a row: for the first frame, and for the others
+    r"\w+_in\.(?!proj$).*|.*\.(img_mod|txt_\w+|modulation)\..*|.*\.adaLN_modulation\..*": "mean",
+} | _SINGLE_BLOCKS
+_LUMINA2_ROLES = {
+    r"cap_embedder\..*|context_refiner\..*|siglip_\w+\..*": "mean",
+    r"layers\..*|final_layer\.linear": "joint",
+}
+_WAN_ROLES = {
+    r"(text|time)_\w+\.\d|img_emb\..*|.*\.cross_attn\.[kv](_img)?": "mean",
+}
+
 ARCHITECTURES: tuple[Architecture, ...] = (
-    Architecture("SD3Transformer2DModel", ("SD3",), "mmdit_to_diffusers"),
-    Architecture("FluxTransformer2DModel", ("Flux",), "flux_to_diffusers", _NOT_FLUX1),
-    Architecture("Flux2Transformer2DModel", ("Flux2",), "flux_to_diffusers", _NOT_FLUX2, _FLUX2),
-    Architecture("ChromaTransformer2DModel", ("Chroma",), "flux_to_diffusers", _NOT_FLUX1, _CHROMA),
-    Architecture("AuraFlowTransformer2DModel", ("AuraFlow",), "auraflow_to_diffusers"),
+    Architecture(
+        "SD3Transformer2DModel",
+        ("SD3",),
+        "mmdit_to_diffusers",
+        token_roles={r"context_\w+(\..*)?|joint_blocks\.\d+\.context_block\..*": "mean"},
+    ),
+    Architecture(
+        "FluxTransformer2DModel",
+        ("Flux",),
+        "flux_to_diffusers",
+        _NOT_FLUX1,
+        token_roles=_FLUX_ROLES,
+    ),
+    Architecture(
+        "Flux2Transformer2DModel",
+        ("Flux2",),
+        "flux_to_diffusers",
+        _NOT_FLUX2,
+        _FLUX2,
+        token_roles=_FLUX_ROLES,
+    ),
+    Architecture(
+        "ChromaTransformer2DModel",
+        ("Chroma",),
+        "flux_to_diffusers",
+        _NOT_FLUX1,
+        _CHROMA,
+        token_roles={r"distilled_guidance_layer\..*": "mean"} | _FLUX_ROLES,
+    ),
+    Architecture(
+        "AuraFlowTransformer2DModel",
+        ("AuraFlow",),
+        "auraflow_to_diffusers",
+        token_roles={
+            r"cond_seq_linear|double_layers\.\d+\.(attn\.w1\w|mlpC\..*)": "mean",
+            r"single_layers\..*": "joint",
+        },
+    ),
     Architecture(
         "PixArtTransformer2DModel",
         ("PixArt",),
         "pixart_to_diffusers",
         row_layouts={r"blocks\.\d+\.cross_attn\.kv_linear": "flat"},
+        token_roles={r"y_embedder\..*|.*\.cross_attn\.kv_linear": "mean"},
     ),
     Architecture(
         "ZImageTransformer2DModel",
@@ -237,35 +293,60 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         where={"z_image_modulation": True},
         tokens="patchified",
         reference_first=True,
+        text="first",
+        references="first",
+        token_roles=_LUMINA2_ROLES,
     ),
-    Architecture("Lumina2Transformer2DModel", ("Lumina2",), rules=_LUMINA2, reference_first=True),
-    Architecture("Krea2Transformer2DModel", ("Krea2",), "krea2_to_diffusers", r".*\.attn\.to_out"),
+    Architecture(
+        "Lumina2Transformer2DModel",
+        ("Lumina2",),
+        rules=_LUMINA2,
+        reference_first=True,
+        references="first",
+        token_roles=_LUMINA2_ROLES,
+    ),
+    Architecture(
+        "Krea2Transformer2DModel",
+        ("Krea2",),
+        "krea2_to_diffusers",
+        r".*\.attn\.to_out",
+        text="first",
+        references="last",
+        token_roles={
+            r"txtfusion\..*|(txtmlp|tmlp|tproj)\.\d": "mean",
+            r"blocks\..*|last\.linear": "joint",
+        },
+    ),
     Architecture(
         "HunyuanDiT2DModel",
         ("HunyuanDiT",),
         rules=_HUNYUAN_DIT,
         swapped=("final_layer.adaLN_modulation.1",),
         row_layouts={r"mlp_t5\.\d": "fold"},
+        token_roles={r"mlp_t5\.\d|pooler\..*|.*\.attn2\.kv_proj": "mean"},
     ),
     Architecture("QwenImageTransformer2DModel", ("QwenImage",)),
-    Architecture("HiDreamImageTransformer2DModel", ("HiDream",)),
+    Architecture("HiDreamImageTransformer2DModel", ("HiDream",), references=""),
     Architecture(
         "WanTransformer3DModel",
         ("WAN21", "WAN22"),
         rules=_WAN,
         row_layouts={r"time_embedding\.\d": "fold"},
+        token_roles=_WAN_ROLES,
     ),
     Architecture(
         "WanVACETransformer3DModel",
         ("WAN21_Vace",),
         rules=_WAN,
         row_layouts={r"time_embedding\.\d": "fold"},
+        token_roles=_WAN_ROLES,
     ),
     Architecture(
         "LTXVideoTransformer3DModel",
         ("LTXV",),
         rules=_LTX,
         row_layouts={r"adaln_single\..*": "fold"},
+        token_roles={r"adaln_single\..*|caption_projection\..*|.*\.attn2\.to_[kv]": "mean"},
     ),
     Architecture(
         "LTX2VideoTransformer3DModel",
@@ -279,12 +360,16 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         ("CogVideoX",),
         rules=_COGVIDEOX,
         row_layouts={r"patch_embed\.proj": "fold"},
+        token_roles={r"patch_embed\.text_proj": "mean", r"blocks\..*": "joint"},
     ),
     Architecture(
         "HunyuanVideoTransformer3DModel",
         ("HunyuanVideo", "HunyuanVideoI2V", "HunyuanVideoSkyreelsI2V"),
         rules=_HUNYUAN_VIDEO,
         swapped=("final_layer.adaLN_modulation.1",),
+        text="first",
+        references="first",
+        token_roles=_HUNYUAN_VIDEO_ROLES,
     ),
     Architecture(
         "UNet2DConditionModel",

@@ -3,7 +3,8 @@
 A model with tasks is a clone with one wrapper round `BaseModel.apply_model` and a list of entries
 in its `transformer_options`, which ComfyUI copies from clone to clone. For each model call the
 wrapper opens a `Carrier` scope on the model object being called. Changing a strength patches no
-weight and loads nothing. A second wrapper, round the sampling, has control pictures encoded.
+weight and loads nothing. A second wrapper, round the sampling, has control pictures encoded and
+routes and regions laid out for the latents that are sampled.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
@@ -22,16 +22,17 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor, nn
 
 from ..diffscaler_core import DiffScalerError, TaskAdapter
-from ..diffscaler_core.affiner import PARTS
 from ..diffscaler_core.control import Control
+from .call_regions import CallRegions
 from .carrier import Carrier, TaskParameters, is_running
 from .control_checks import check_embedding, check_vae, control_kind
 from .control_conds import PREFIX, ControlPicture, ControlRows, placed_conds
+from .entries import Entry, factors_of, weights_at
 from .keymap import native_controls, native_layers
+from .region_mask import RegionMask
+from .row_conds import ROUTE, Route, placed_rows
 
 KEY = "diffscaler"
-#: A conditioning's `model_conds` entry: strengths per batch row, (1 or B, number of tasks).
-ROUTE = "ds_route"
 #: Combinations of tasks kept ready per model object.
 _KEPT = 8
 #: What a control is computed from, of its patch embedding.
@@ -45,36 +46,6 @@ _carriers: weakref.WeakKeyDictionary[nn.Module, OrderedDict[Any, Carrier]] = (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class Entry:
-    """One task on a model. Immutable: ComfyUI shares it between clones and cached outputs.
-
-    Attributes:
-        task: The task.
-        parameters: Its parameters under the model's own names.
-        strengths: Per part, in PARTS order.
-        start_percent: Where in sampling it begins, 0 at full noise.
-        end_percent: Where it ends, 1 at none.
-        control: Of a control task, the key of its picture in `model_conds`.
-    """
-
-    task: TaskAdapter
-    parameters: TaskParameters
-    strengths: tuple[float, float, float]
-    start_percent: float = 0.0
-    end_percent: float = 1.0
-    control: str | None = None
-
-    def is_active(self, model_sampling: Any, sigma: Tensor) -> bool:
-        """Says whether a noise level is in range; the ends count, as in ComfyUI's own nodes."""
-        if self.start_percent <= 0 and self.end_percent >= 1:
-            return True  # do not wait for the GPU to learn sigma
-        now = float(sigma.flatten()[0])
-        first = float(model_sampling.percent_to_sigma(self.start_percent))
-        last = float(model_sampling.percent_to_sigma(self.end_percent))
-        return last <= now <= first
-
-
 def apply_task(
     model: ModelPatcher,
     task: TaskAdapter,
@@ -82,6 +53,7 @@ def apply_task(
     start_percent: float = 0.0,
     end_percent: float = 1.0,
     component: str | None = None,
+    region: Tensor | None = None,
 ) -> ModelPatcher:
     """Returns a clone of the model that runs the task too; tasks add up as a parallel sum.
 
@@ -92,17 +64,19 @@ def apply_task(
         start_percent: Where in sampling the task begins, 0 at full noise.
         end_percent: Where it ends.
         component: Which of the task's components this model is; None: its only one.
+        region: Where in the picture the task acts, (H, W) or (N, H, W) in 0..1, of any size; N is 1
+            or the latent batch. None: everywhere.
 
     Raises:
         MismatchError: The task does not fit this model.
         DiffScalerError: It is a control task, which needs a picture: see `apply_control`.
     """
-    if task.is_control:
-        raise DiffScalerError(
-            f"task {task.name!r} takes a control picture ({control_kind(task)}): connect it to "
-            f"DiffScaler Control"
-        )
-    return _applied(model, task, _per_part(strength), start_percent, end_percent, component)
+    _check_plain(task)
+    if not any(_per_part(strength)):
+        return model
+    mask = None if region is None else RegionMask(task.name, region)
+    times = {"start_percent": start_percent, "end_percent": end_percent}
+    return _applied(model, task, component, _per_part(strength), region=mask, **times)
 
 
 def apply_control(
@@ -137,28 +111,65 @@ def apply_control(
             f"load a task that was trained with control pictures"
         )
     check_vae(model, picture)
-    return _applied(
-        model, task, _per_part(strength), start_percent, end_percent, component, picture.key
-    )
+    if not strength:
+        return model
+    times = {"start_percent": start_percent, "end_percent": end_percent}
+    return _applied(model, task, component, _per_part(strength), control=picture.key, **times)
+
+
+def route_tasks(
+    model: ModelPatcher, tasks: Sequence[TaskAdapter], component: str | None = None
+) -> tuple[ModelPatcher, list[Route]]:
+    """Returns a clone of the model that runs tasks where conditionings route them, and the keys.
+
+    A task that the model routes already is there once, however many conditionings route it. Rows
+    that route none of them run as if they were not there; `row_conds.routed` routes them.
+
+    Args:
+        model: Any diffusion model; stays as it is.
+        tasks: The tasks.
+        component: Which of their components this model is; None: their only one.
+
+    Raises:
+        MismatchError: A task does not fit this model.
+        DiffScalerError: One is a control task.
+    """
+    routes = []
+    for task in tasks:
+        _check_plain(task)
+        route = (task, component)
+        if all(entry.route != route for entry in tasks_on(model)):
+            model = _applied(model, task, component, _per_part(1.0), route=route)
+        routes.append(route)
+    return model, routes
+
+
+def _check_plain(task: TaskAdapter) -> None:
+    if task.is_control:
+        raise DiffScalerError(
+            f"task {task.name!r} takes a control picture ({control_kind(task)}): connect it to "
+            f"DiffScaler Control"
+        )
 
 
 def _applied(
     model: ModelPatcher,
     task: TaskAdapter,
-    strengths: tuple[float, float, float],
-    start_percent: float,
-    end_percent: float,
     component: str | None,
-    control: str | None = None,
+    strengths: tuple[float, float, float],
+    **facts: Any,
 ) -> ModelPatcher:
-    if not any(strengths) or not task.components:
+    """Returns a clone with one `Entry` more, made of these facts."""
+    if not task.components:
         return model
     patcher = _patcher_of(task, model, component)
-    entry = Entry(task, patcher.model, strengths, start_percent, end_percent, control)
+    entry = Entry(task, patcher.model, strengths, **facts)
     clone = model.clone()
     if not clone.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
         clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _WRAPPER)
-    if control and not clone.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
+    if (entry.control or entry.rides_on_rows) and not clone.get_wrappers(
+        WrappersMP.OUTER_SAMPLE, KEY
+    ):
         clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _PLACER)
     options = clone.model_options["transformer_options"]
     options[KEY] = [*options.get(KEY, ()), entry]
@@ -185,7 +196,7 @@ def apply_tasks(
 
 
 def tasks_on(model: ModelPatcher) -> tuple[Entry, ...]:
-    """Returns the tasks a model runs, in the order of a route's columns."""
+    """Returns the tasks a model runs, in the order they were put on it."""
     return tuple(model.model_options.get("transformer_options", {}).get(KEY, ()))
 
 
@@ -198,7 +209,7 @@ class _Wrapper:
 
     def __call__(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
         """Called by ComfyUI in place of `apply_model(x, t, …, transformer_options, **conds)`."""
-        route = kwargs.pop(ROUTE, None)
+        routes = kwargs.pop(ROUTE, None)
         controls = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(PREFIX)}
         model = executor.class_obj
         options = args[5] if len(args) > 5 else kwargs.get("transformer_options", {})
@@ -206,8 +217,8 @@ class _Wrapper:
         if not entries or is_running(model):  # the model and a hook may both bring this wrapper
             return executor(*args, **kwargs)
         x, sigma = args[0], args[1]
-        rows = _rows(entries, route, controls)
-        weights = _weights(entries, model.model_sampling, sigma, rows)
+        factors = factors_of(entries, routes, controls)
+        weights = weights_at(entries, model.model_sampling, sigma, factors)
         if not weights.any():
             return executor(*args, **kwargs)
         # without a control its task is not there at all: others' sums round as they do alone
@@ -222,12 +233,19 @@ class _Wrapper:
             carrier.set_controls(given)
             if compiled:
                 carrier.embed_now(x.to(model.get_dtype_inference()))
+        if any(entry.region is not None for entry in entries):
+            context = kwargs.get("c_crossattn")
+            text = 0 if context is None else context.shape[1]
+            regions = CallRegions(entries, routes, x.shape, references, text)
+            carrier.set_regions(carrier.remembered(regions.key, lambda: regions.made(model)))
+        else:
+            carrier.set_regions(None)
         with carrier.running(model, compiled, references):
             return executor(*args, **kwargs)
 
 
 class _Placer:
-    """Has the controls encoded at the size that is sampled, before anything is loaded for it."""
+    """Lays out what rides on conditionings at the size that is sampled, before anything loads."""
 
     def to(self, *args: object, **kwargs: object) -> _Placer:
         """Does nothing, as `_Wrapper.to`."""
@@ -236,49 +254,29 @@ class _Placer:
     def __call__(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
         """Called by ComfyUI in place of `outer_sample(noise, …, latent_shapes)` of a guider."""
         guider = executor.class_obj
-        names = {
-            entry.control: entry.task.name
-            for entry in guider.model_options["transformer_options"].get(KEY, ())
-            if entry.control
-        }
+        entries = guider.model_options["transformer_options"].get(KEY, ())
         shape = (kwargs.get("latent_shapes") or [args[0].shape])[0]
-        guider.conds = placed_conds(guider.conds, names, guider.model_patcher.model, shape)
+        names = {entry.control: entry.task.name for entry in entries if entry.control}
+        if names:
+            model = guider.model_patcher.model
+            guider.conds = placed_conds(guider.conds, names, model, shape)
+        if any(entry.rides_on_rows for entry in entries):
+            routes = [entry.route for entry in entries if entry.route is not None]
+            guider.conds = placed_rows(guider.conds, routes, shape)
+        for entry in entries:
+            if entry.region is not None:
+                entry.region.check(shape[0])
         try:
             return executor(*args, **kwargs)
         finally:
             for kept in _carriers.values():
                 for carrier in kept.values():
                     carrier.set_controls({})
+                    carrier.set_regions(None)
 
 
 _WRAPPER = _Wrapper()
 _PLACER = _Placer()
-
-
-def _rows(
-    entries: Sequence[Entry], route: Tensor | None, controls: Mapping[str, ControlRows]
-) -> Tensor | None:
-    """Returns the factor of each task in each row, (B, K), or (1, K) if none differ; None: all 1.
-
-    Raises:
-        DiffScalerError: The conditioning routes another number of tasks.
-    """
-    rows = None
-    if route is not None:
-        rows = route.detach().to("cpu", torch.float32)
-        if rows.ndim != 2 or rows.shape[1] != len(entries):
-            raise DiffScalerError(
-                f"the conditioning routes {rows.shape[-1]} tasks, but the model runs "
-                f"{len(entries)}: connect the routed conditioning to the model it was routed for"
-            )
-    for slot, entry in enumerate(entries):
-        if entry.control is not None:
-            given = controls.get(entry.control)
-            factors = torch.zeros(1) if given is None or not given.is_placed else given.factors
-            rows = torch.ones(1, len(entries)) if rows is None else rows
-            rows = rows.expand(max(len(rows), len(factors)), -1).clone()
-            rows[:, slot] *= factors
-    return rows
 
 
 def _given(
@@ -294,22 +292,6 @@ def _given(
             rows = controls[entry.control]
             given[slot] = carrier.remembered(rows.key, rows.control)
     return given
-
-
-def _weights(
-    entries: Sequence[Entry], model_sampling: Any, sigma: Tensor, rows: Tensor | None
-) -> Tensor:
-    """Returns the strengths in force: (K, 3), or (B, K, 3) where rows differ."""
-    active = [entry.is_active(model_sampling, sigma) for entry in entries]
-    zero = (0.0,) * len(PARTS)
-    weights = torch.tensor(
-        [entry.strengths if on else zero for entry, on in zip(entries, active, strict=True)]
-    )
-    if rows is None:
-        return weights
-    if bool((rows == rows[:1]).all()):
-        return rows[0, :, None] * weights
-    return rows[:, :, None] * weights
 
 
 def is_compiled(model: Any, options: Mapping[str, Any]) -> bool:

@@ -30,7 +30,10 @@ Encode = Callable[[Tensor], Tensor]
 class Trainable(Protocol):
     """Tasks on a base, while they are trained. `Attachment` is one; ComfyUI's carrier another."""
 
-    names: tuple[str, ...]
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tasks, in order."""
+        ...
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         """Returns a task's parameters, "<component>.<module>.<part>" -> parameter, float32."""

@@ -324,7 +324,7 @@ def _placed(conditioning: Any) -> list[Any]:
     ]
 
 
-def test_ranges_of_sampling_and_routes_apply_to_the_whole_control(control: Controls) -> None:
+def test_ranges_of_sampling_apply_to_the_whole_control(control: Controls) -> None:
     model = control.tiny.load("tiny_sd3")
     task = control.task(model)
     never = control.apply(model, task, start_percent=0.9999)
@@ -332,18 +332,6 @@ def test_ranges_of_sampling_and_routes_apply_to_the_whole_control(control: Contr
     early = control.run(control.apply(model, task, end_percent=0.5), steps=4)
     assert not close(early, control.run(control.apply(model, task), steps=4), 1e-3)
     assert not close(early, control.tiny.run(model, steps=4), 1e-3)
-
-    import comfy.conds
-
-    applied, *conds = control.apply(model, task)
-    route = comfy.conds.CONDRegular(torch.tensor([[1.0], [0.0]]))  # type: ignore[attr-defined]
-    routed = [
-        [[c, {**m, "model_conds": {**m["model_conds"], "ds_route": route}}] for c, m in cond]
-        for cond in conds
-    ]
-    result = control.run((applied, *routed))
-    assert close(result[0], control.run((applied, *conds))[0])
-    assert torch.equal(result[1], control.tiny.run(model)[1])
 
 
 def test_a_model_that_does_not_run_the_control_warns_once_and_is_unharmed(

@@ -20,12 +20,24 @@ FROZEN = {
         "shift",
         "subspace",
         "component",
+        "region",
     ],
     "DiffScalerControl": [
         *("model", "positive", "negative", "task", "vae", "image", "strength", "start_percent"),
         *("end_percent", "mask", "control_in_uncond", "component"),
     ],
     "DiffScalerStackTasks": ["model", "tasks", "strengths", "component"],
+    "DiffScalerRouteTasks": [
+        *("model", "positive", "tasks", "strengths", "mode", "negative", "component"),
+    ],
+    "DiffScalerScheduleTask": [
+        *("task", "points", "interpolation", "start", "end", "fade", "keyframes"),
+    ],
+    "DiffScalerCompareTasks": [
+        *("model", "positive", "negative", "latent", "tasks", "strengths", "include_base"),
+        "component",
+    ],
+    "DiffScalerTaskGrid": ["images", "names", "columns"],
     "DiffScalerScaleTask": ["task", "strength", "scale", "shift", "subspace", "blocks"],
     "DiffScalerCombineTasks": ["tasks", "strengths", "name"],
     "DiffScalerTaskInfo": ["task"],

@@ -1,7 +1,6 @@
 """Tasks on real ComfyUI models: what they compute, and that they leave nothing behind."""
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -120,15 +119,15 @@ def test_percent_range_follows_comfyuis_convention(
     seen: list[float] = []
     active: list[float] = []
     running = tiny.patching.Carrier.running
-    weights = tiny.patching._weights
+    weights = tiny.patching.weights_at
 
-    def noted(entries: Any, sampling: Any, sigma: Tensor, route: Any) -> Tensor:
+    def noted(entries: Any, sampling: Any, sigma: Tensor, rows: Any) -> Tensor:
         seen.append(float(sigma[0]))
-        result = weights(entries, sampling, sigma, route)
+        result = weights(entries, sampling, sigma, rows)
         active.extend([float(sigma[0])] if result.any() else [])
         return result
 
-    monkeypatch.setattr(tiny.patching, "_weights", noted)
+    monkeypatch.setattr(tiny.patching, "weights_at", noted)
     assert running is tiny.patching.Carrier.running
     result = tiny.run(tiny.apply(model, tiny.task(model), 1.0, start, end), steps=5)
     sampling = model.get_model_object("model_sampling")
@@ -219,27 +218,3 @@ def test_a_layer_that_is_never_called_is_reported_once(
     found = [record.getMessage() for record in caplog.records if "never called" in record.message]
     assert len(found) == 1
     assert "'diffusion_model.joint_blocks.0.unused'" in found[0]
-
-
-def _routed(conditioning: Any, rows: Sequence[Sequence[float]]) -> Any:
-    import comfy.conds
-
-    route = comfy.conds.CONDRegular(torch.tensor(rows, dtype=torch.float32))  # type: ignore[attr-defined]
-    return [[c, {**more, "model_conds": {"ds_route": route}}] for c, more in conditioning]
-
-
-def test_rows_of_one_batch_run_their_own_tasks(tiny: Any, clean: Any) -> None:
-    model = clean(tiny.load("tiny_sd3"))
-    a, b = tiny.task(model, 1), tiny.task(model, 2)
-    both = tiny.apply(tiny.apply(model, a), b, 0.5)
-
-    def run(rows: Sequence[Sequence[float]]) -> Tensor:
-        return tiny.run(both, _routed(tiny.prompt(1), rows), _routed(tiny.prompt(2), rows))
-
-    result = run([[1, 0], [0, 1]])
-    assert close(result[0], tiny.run(tiny.apply(model, a))[0])
-    assert close(result[1], tiny.run(tiny.apply(model, b, 0.5))[1])
-    assert torch.equal(run([[0, 0]]), tiny.run(model))
-    assert torch.equal(run([[1, 1]]), tiny.run(both))
-    with pytest.raises(tiny.core.DiffScalerError, match="routes 3 tasks"):
-        run([[1, 0, 1]])

@@ -2,8 +2,8 @@ import diffscaler_core
 
 NAMES = """
 FAMILIES METHODS
-Affiner AffinerStack Attachment Control DiffScalerError Family MismatchError Target TaskAdapter
-TaskFileError UnknownNameError
+Affiner AffinerStack Attachment Control DiffScalerError Family MismatchError Schedule Target
+TaskAdapter TaskBank TaskFileError UnknownNameError
 __version__ attach combine_tasks find_targets load_task new_task read_info save_task scale_task
 """
 

@@ -52,7 +52,7 @@ class Case:
         generator = torch.Generator().manual_seed(0)
         if kwargs.get("num_images_per_prompt") and self.repeats:
             _repeat_prompts(pipe, prompts, kwargs["num_images_per_prompt"])
-        return torch.from_numpy(pipe(**call, generator=generator, **kwargs).images)
+        return torch.from_numpy(pipe(**{**call, **kwargs}, generator=generator).images)
 
     def task(self, pipe: Any, name: str, seed: int, method: str = "diffscaler") -> TaskAdapter:
         model = self.model(pipe)
@@ -303,6 +303,12 @@ def case(request: pytest.FixtureRequest) -> Case:
 def sd3_case() -> Case:
     """The one architecture where one will do."""
     return CASES["sd3"]
+
+
+@pytest.fixture
+def cases() -> dict[str, Case]:
+    """All architectures by name."""
+    return CASES
 
 
 @pytest.fixture

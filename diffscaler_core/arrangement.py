@@ -1,0 +1,265 @@
+"""Some of a model's tasks laid out to run: their strengths, and each layer's form.
+
+Strengths live in a few tensors as long as the whole model, of which every layer has its part: a new
+strength, or another task in a row, is a handful of operations however many layers there are, and no
+layer is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .affiner import PARTS, Affiner
+from .forms import WIDE, Form, flattened, joined, stacked
+from .layer_tasks import Layer, TaskVectors, version_of
+from .regional_forms import Place
+
+
+class Ready(NamedTuple):
+    """A layer's tasks in an arrangement.
+
+    Attributes:
+        form: Ready to run.
+        sources: The parameters it was made from.
+        version: Their state then.
+    """
+
+    form: Form
+    sources: tuple[Tensor, ...]
+    version: int
+
+    @property
+    def is_current(self) -> bool:
+        """Says whether no parameter has changed in place since."""
+        return self.version == version_of(self.sources)
+
+
+@dataclass(eq=False)
+class _Vectors:
+    """What depends on the strengths, in one place; changed in place.
+
+    Attributes:
+        gain: Of all layers, (ΣC_out,), with rows (B, ΣC_out); as `Form.gain`.
+        offset: Of all layers, the same shape.
+        masks: Ranks of the tasks on a layer -> mask; as `Form.mask`.
+        index: As `Form.index`.
+    """
+
+    gain: Tensor
+    offset: Tensor
+    masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    chosen: Tensor | None = None
+
+
+class Arrangement:
+    """Some tasks of a model, laid out to run.
+
+    Args:
+        vectors: The model's.
+        slots: The tasks, in order.
+        rows: B; 0: the whole batch alike.
+        width: With rows, M: how many tasks one row runs at most.
+        fixed: True: shapes depend on how many slots there are alone, not on which tasks these are,
+            and `refill` can put others in their places. For compiled code. A slot of −1 is empty.
+    """
+
+    def __init__(
+        self,
+        vectors: TaskVectors,
+        slots: tuple[int, ...],
+        rows: int = 0,
+        width: int = 0,
+        fixed: bool = False,
+    ) -> None:
+        self._of_tasks = vectors
+        self.slots, self.rows, self.width = slots, rows, width
+        self._fixed = fixed
+        self.plain = False
+        self.nbytes = 0
+        self._weights = torch.zeros(max(1, rows), len(slots), len(PARTS))
+        self._chosen = torch.zeros(max(1, rows), max(1, width), dtype=torch.long)
+        self._vectors: dict[Place, _Vectors] = {}
+        self._ready: dict[tuple[Layer, Place], Ready | None] = {}
+        self._sources: dict[Layer, tuple[Tensor, ...]] = {}
+
+    def put(self, weights: Tensor) -> None:
+        """Puts strengths in force, in the tensors there are.
+
+        Args:
+            weights: (S, 3), or (B, S, 3) with rows, S all slots; on the CPU.
+        """
+        nobody = weights.new_zeros(*weights.shape[:-2], 1, len(PARTS))  # slot -1
+        own = torch.cat([weights, nobody], dim=-2)[..., list(self.slots), :]
+        self._weights = own if self.rows else own.unsqueeze(0)
+        strengths = self._weights[..., PARTS.index("subspace")]
+        if self.rows:
+            acting = self._weights.any(-1)
+            # a stable order, so that rows that run the same tasks sum them up alike
+            self._chosen = acting.int().argsort(dim=1, descending=True, stable=True)
+            self._chosen = self._chosen[:, : self.width]
+            strengths = strengths.gather(1, self._chosen)
+        self.plain = bool((strengths == 1).all())
+        for place, vectors in self._vectors.items():
+            self._fill(vectors, place)
+
+    def refill(self, slots: tuple[int, ...]) -> None:
+        """Puts other tasks in the places there are, in the same tensors; then `put` strengths."""
+        self.slots = slots
+        self._sources.clear()
+        self.renew()
+
+    def is_live(self, layer: Layer) -> bool:
+        """Says whether a parameter of these tasks is being trained on a layer."""
+        return any(t.requires_grad for t in self._sources_of(layer))
+
+    def _sources_of(self, layer: Layer) -> tuple[Tensor, ...]:
+        sources = self._sources.get(layer)
+        if sources is None:
+            there = [layer.affiners[slot] for slot in self.slots if slot in layer.affiners]
+            sources = tuple(t for affiner in there for t in affiner.tensors().values())
+            self._sources[layer] = sources
+        return sources
+
+    def ready(self, layer: Layer, place: Place) -> Ready | None:
+        """Returns a layer's tasks, laid out at their first use; None if none has this layer.
+
+        Args:
+            layer: One of the ensemble's.
+            place: Device and dtype of the layer's output.
+        """
+        key = (layer, place)
+        if key not in self._ready:
+            with torch.inference_mode(False), torch.no_grad():  # training may use it later
+                self._ready[key] = self._made(layer, place)
+        return self._ready[key]
+
+    def _made(self, layer: Layer, place: Place) -> Ready | None:
+        present = [layer.affiners.get(slot) for slot in self.slots]
+        there = [affiner for affiner in present if affiner is not None]
+        if not there and not self._fixed:
+            return None
+        kinds = list(layer.affiners.values()) if self._fixed else there
+        vectors = self._vectors_at(place)
+        own = slice(layer.start, layer.start + layer.width)
+        gains = any(a.scale is not None for a in kinds)
+        offsets = any(a.shift is not None for a in kinds) or _needs_bias(layer, kinds)
+        gathered = bool(self.rows) and layer.geometry is None
+        factors = stacked(present, kinds) if gathered or self._fixed else joined(there)
+        ranks: tuple[int, ...] = tuple(0 if a is None else a.rank for a in present)
+        if factors is not None and gathered:
+            ranks = (factors.down.shape[1], -1)
+        elif factors is not None and self._fixed:
+            ranks = (factors.down.shape[1],) * len(self.slots)
+            factors = flattened(factors)
+        mask = None
+        if factors is not None:
+            mask = self._mask(vectors, place, ranks)
+            factors = factors.to(*place)
+        sources = self._sources_of(layer)
+        if factors is not None:
+            shared = {t.untyped_storage().data_ptr() for t in sources}
+            for t in (factors.down, factors.up):
+                self.nbytes += 0 if t.untyped_storage().data_ptr() in shared else t.nbytes
+        form = Form(
+            gain=vectors.gain[..., own] if gains else None,
+            offset=vectors.offset[..., own] if offsets else None,
+            down=None if factors is None else factors.down,
+            up=None if factors is None else factors.up,
+            mask=mask,
+            floor=None if factors is None else factors.floor,
+            linear=factors is not None and factors.linear,
+            chosen=vectors.chosen if gathered and factors is not None else None,
+            rows=self.rows,
+        )
+        return Ready(form, sources, version_of(sources))
+
+    def _vectors_at(self, place: Place) -> _Vectors:
+        vectors = self._vectors.get(place)
+        if vectors is None:
+            total = self._of_tasks.channels
+            shape = (self.rows, total) if self.rows else (total,)
+            device, dtype = place
+            vectors = _Vectors(
+                torch.zeros(shape, device=device, dtype=dtype),
+                torch.zeros(shape, device=device, dtype=dtype),
+                chosen=torch.zeros(self._chosen.numel(), device=device, dtype=torch.long),
+            )
+            self._vectors[place] = vectors
+            self.nbytes += vectors.gain.nbytes + vectors.offset.nbytes
+            self._fill(vectors, place)
+        return vectors
+
+    def _fill(self, vectors: _Vectors, place: Place) -> None:
+        """Writes what the strengths make of the tasks' vectors into the tensors there are."""
+        device, dtype = place
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        weights = self._weights.to(device, exact)
+        rows = len(weights)
+        gain = torch.zeros(rows, self._of_tasks.channels, device=device, dtype=exact)
+        offset = torch.zeros_like(gain)
+        for k, slot in enumerate(self.slots):
+            if slot < 0:
+                continue
+            scale, shift, unbiased = self._of_tasks.of(slot, device)
+            w_scale, w_shift = weights[:, k, 0:1], weights[:, k, 1:2]
+            gain.addcmul_(w_scale, scale)
+            offset.addcmul_(w_shift, shift).addcmul_(w_scale, unbiased)
+        if dtype in WIDE:  # in 16 bits 1 + a would round a small a away
+            gain += 1
+        vectors.gain.copy_(gain.view(vectors.gain.shape))
+        vectors.offset.copy_(offset.view(vectors.offset.shape))
+        for ranks, mask in vectors.masks.items():
+            mask.copy_(self._unit_strengths(ranks).view(mask.shape))
+        if vectors.chosen is not None:
+            vectors.chosen.copy_(self._chosen.flatten())
+
+    def _mask(self, vectors: _Vectors, place: Place, ranks: tuple[int, ...]) -> Tensor:
+        if ranks not in vectors.masks:
+            strengths = self._unit_strengths(ranks)
+            strengths = strengths if self.rows else strengths[0]
+            vectors.masks[ranks] = strengths.to(*place)
+        return vectors.masks[ranks]
+
+    def _unit_strengths(self, ranks: tuple[int, ...]) -> Tensor:
+        """Returns the strength of each hidden unit, (B or 1, R), or (B, M·R) where gathered.
+
+        Args:
+            ranks: Of each task; of one for all where gathered, then a -1 behind it.
+        """
+        strengths = self._weights[..., PARTS.index("subspace")]
+        if ranks[-1:] == (-1,):
+            return strengths.gather(1, self._chosen).repeat_interleave(ranks[0], dim=1)
+        return strengths.repeat_interleave(torch.tensor(ranks), dim=1)
+
+    @property
+    def is_current(self) -> bool:
+        """Says whether no parameter has changed in place since it was laid out."""
+        return all(ready is None or ready.is_current for ready in self._ready.values())
+
+    def renew(self) -> None:
+        """Lays out anew, in the tensors there are."""
+        for (layer, place), old in list(self._ready.items()):
+            new = self._made(layer, place)
+            if old is not None and new is not None:
+                for own, now in zip(old.form.tensors(), new.form.tensors(), strict=True):
+                    if own.data_ptr() != now.data_ptr():
+                        own.copy_(now)
+                new = Ready(old.form, new.sources, new.version)
+            self._ready[layer, place] = new
+
+    def tensors(self, layers: Sequence[Layer]) -> Iterator[Tensor]:
+        """Yields what it holds for these layers."""
+        for (layer, _), ready in self._ready.items():
+            if ready is not None and layer in layers:
+                yield from ready.form.tensors()
+
+
+def _needs_bias(layer: Layer, affiners: Sequence[Affiner]) -> bool:
+    return layer.bias is not None and any(
+        a.scale is not None and not a.scale_includes_bias for a in affiners
+    )
