@@ -8,6 +8,7 @@ would be the same, on generators. Batches are formed by the server's own `next_b
 from __future__ import annotations
 
 import heapq
+import math
 import sys
 from bisect import bisect_left
 from collections import OrderedDict
@@ -132,7 +133,8 @@ class Outcome:
 
     def percentile(self, q: float) -> float:
         """Returns the q-th percentile of the latencies in seconds."""
-        return float(np.percentile(self.latencies, q)) if len(self.latencies) else float("inf")
+        known = len(self.latencies) and np.isfinite(self.latencies).all()
+        return float(np.percentile(self.latencies, q)) if known else math.inf
 
 
 class Request(NamedTuple):
@@ -170,6 +172,7 @@ def simulate(
     clients: int = 0,
     seconds: float = 60.0,
     warm: float = 0.0,
+    patient: float = math.inf,
     seed: int = 0,
 ) -> Outcome:
     """Runs an installation under load.
@@ -181,9 +184,13 @@ def simulate(
         clients: how many send their next request on the last one's answer (closed loop).
         seconds: When a closed loop ends, and up to when throughput counts.
         warm: Requests before this do not count.
+        patient: Batches of unanswered requests per replica at which it is hopeless: latencies are
+            then infinite.
         seed: Of tasks, routing and noise.
     """
-    return _Simulation(installation, popularity, seed).run(arrivals, clients, seconds, warm)
+    return _Simulation(installation, popularity, seed).run(
+        arrivals, clients, seconds, warm, patient
+    )
 
 
 class _Simulation:
@@ -203,14 +210,22 @@ class _Simulation:
         self._prefill()
 
     def run(
-        self, arrivals: Sequence[float] | None, clients: int, seconds: float, warm: float
+        self,
+        arrivals: Sequence[float] | None,
+        clients: int,
+        seconds: float,
+        warm: float,
+        patient: float,
     ) -> Outcome:
         if arrivals is None:
             self.clients_until = seconds
             arrivals = [0.0] * clients
         for time in arrivals:
             self._at(time, self._arrive)
+        most = patient * self.own.rows * self.own.replicas
         while self.events:
+            if len(self.sent) - len(self.done) > most:
+                return Outcome(np.array([np.inf]), 0.0, 0.0, 0.0, 1.0)
             time, _, act, args = heapq.heappop(self.events)
             act(time, *args)
         counted = [i for i, time in enumerate(self.sent) if time >= warm and i in self.done]
@@ -304,17 +319,22 @@ class _Simulation:
         return route
 
     def _prefill(self) -> None:
-        """Fills the banks with the last tasks of a long service under no load."""
-        draws = 60 * self.own.slots * len(self.replicas)
-        tasks = np.searchsorted(self.steps, self.random.random(draws) * self.steps[-1]).tolist()
+        """Fills the banks as long service would have: with the tasks used last.
+
+        Where a task is asked for at rate p, the time since its last use is exponential, mean 1/p.
+        """
+        popularity = np.diff(self.steps, prepend=0.0)
+        ages = self.random.exponential(1 / popularity)
         if self.own.affinity:
-            for task in tasks:
-                self.route(task).use(task, self.own.slots)
-            return
-        for replica, own in zip(
-            self.replicas, np.array_split(tasks, len(self.replicas)), strict=True
-        ):
-            latest = list(dict.fromkeys(own[::-1].tolist()))[: self.own.slots]
+            homes: dict[int, list[int]] = {}
+            for task in np.argsort(ages).tolist():
+                homes.setdefault(id(self.route(task)), []).append(task)
+        for replica in self.replicas:
+            if self.own.affinity:
+                latest = homes.get(id(replica), [])[: self.own.slots]
+            else:
+                ages = self.random.exponential(1 / popularity)
+                latest = np.argsort(ages)[: self.own.slots].tolist()
             replica.bank = OrderedDict.fromkeys(reversed(latest))
 
 

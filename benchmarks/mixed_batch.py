@@ -56,7 +56,7 @@ class Bench:
             }
             for variant in (one, mixed):
                 copied = shared_copy(model)
-                self.attached[variant] = attach(copied, tasks)
+                self.attached[variant] = attach(copied, tasks).to(copied.device)
                 self._add(variant, copied)
             self.attached[one].set_weights({self.names[0]: 1.0})
             self.attached[mixed].set_rows(self.names)

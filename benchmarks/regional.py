@@ -60,7 +60,7 @@ def in_diffusers(device: str, rounds: int) -> Turns:
 
     def put(tasks: Any, masked: bool = False) -> tuple[Call, Attachment]:
         copied = shared_copy(model)
-        attachment = attach(copied, tasks)
+        attachment = attach(copied, tasks).to(device)
         if masked:
             attachment.set_regions({"a": left, "b": right}, layout)
         return partial(call, copied), attachment

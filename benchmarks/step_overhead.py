@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from dit import SIZES, base_model, inputs_of
@@ -30,7 +31,7 @@ ROWS = "4 tasks, one per row"
 
 
 def adapted(
-    model: nn.Module, rank: int, batch: int
+    model: Any, rank: int, batch: int
 ) -> tuple[dict[str, nn.Module], dict[str, Attachment], TaskAdapter]:
     """Returns every variant's model, the attachments of ours, and the task of the first."""
     tasks = {f"task{i}": random_task(model, rank=rank, seed=i) for i in range(4)}
@@ -48,7 +49,7 @@ def adapted(
     attachments = {}
     for name, (own, strength) in ours.items():
         models[name] = shared_copy(model)
-        attachments[name] = attach(models[name], own, strength)
+        attachments[name] = attach(models[name], own, strength).to(model.device)
     attachments[ROWS].set_rows([f"task{i % 4}" for i in range(batch)])
     models[f"PEFT LoRA, rank {rank}"] = peft_lora(model, layers, rank)
     return models, attachments, first

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import gc
 import random
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +28,7 @@ import torch
 from in_comfyui import Host
 from memory import allocated, operators
 from switching_ways import Way, comfyui_ways, diffusers_ways
-from turns import measure
+from turns import measure, quartiles
 from variants import graphs
 
 #: Billions of parameters, roughly -> blocks, which are as many as heads of 64.
@@ -97,7 +96,7 @@ def rows(size: str, ways: Sequence[Way]) -> str:
     for way in ways:
         cells = []
         for kind in ("strength", "task"):
-            low, median, high = statistics.quantiles(way.seconds[kind], n=4)
+            low, median, high = quartiles(way.seconds[kind])
             cells.append(f"{1000 * median:.2f} ({1000 * low:.2f}–{1000 * high:.2f})")
         more = max(way.more.values())
         mebibytes = (max(way.peak.values()), way.held, way.adapter)

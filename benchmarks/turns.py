@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,14 @@ def measure(call: Callable[[], object], device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Returns the lower quartile, the median and the upper quartile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, median, high
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ class Turns:
     def ratio(self, name: str, to: str) -> Ratio:
         """Returns how much longer `name` took than `to`."""
         each = [a / b for a, b in zip(self.seconds[name], self.seconds[to], strict=True)]
-        low, median, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
+        low, median, high = quartiles(each)
         return Ratio(self.fastest(name) / self.fastest(to), median, low, high)
 
     def table(self, to: str, title: str = "variant", per: float = 1.0) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .affiner import PARTS, Affiner
 from .forms import WIDE, Form, flattened, joined, stacked
+from .kin import Kin, joined_kin
 from .layer_tasks import Layer, TaskVectors, version_of
 from .regional_forms import Place
 
@@ -27,11 +28,15 @@ class Ready(NamedTuple):
         form: Ready to run.
         sources: The parameters it was made from.
         version: Their state then.
+        kin: Layers that share the product with D, or None.
+        place: This one's place among them.
     """
 
     form: Form
     sources: tuple[Tensor, ...]
     version: int
+    kin: Kin | None = None
+    place: int = 0
 
     @property
     def is_current(self) -> bool:
@@ -136,7 +141,28 @@ class Arrangement:
         if key not in self._ready:
             with torch.inference_mode(False), torch.no_grad():  # training may use it later
                 self._ready[key] = self._made(layer, place)
+                if layer.kin and not self._fixed:
+                    self._join(layer.kin, place)
         return self._ready[key]
+
+    def _join(self, layers: Sequence[Layer], place: Place) -> None:
+        """Lays kin out together, so that the first of them can multiply for all."""
+        own = []
+        for layer in layers:
+            if (layer, place) not in self._ready:
+                self._ready[layer, place] = self._made(layer, place)
+            ready = self._ready[layer, place]
+            if ready is None:
+                return
+            own.append(ready)
+        kin = joined_kin([ready.form for ready in own])
+        if kin is None:
+            return
+        self.nbytes += kin.down.nbytes
+        downs = kin.down.split(list(kin.ranks), dim=-2)  # the same numbers need not be held twice
+        for i, (layer, ready, down) in enumerate(zip(layers, own, downs, strict=True)):
+            form = ready.form._replace(down=down)
+            self._ready[layer, place] = ready._replace(form=form, kin=kin, place=i)
 
     def _made(self, layer: Layer, place: Place) -> Ready | None:
         present = [layer.affiners.get(slot) for slot in self.slots]

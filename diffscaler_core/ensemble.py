@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .affiner import PARTS
 from .arrangement import Arrangement
+from .kin import Products
 from .layer_tasks import Layer, TaskVectors
 from .regional_forms import Place, Question, RegionalForms, copy_into
 from .regions import Regions
@@ -37,11 +38,13 @@ class Ensemble:
     Attributes:
         weights: The strengths in force, (S, 3), or (B, S, 3) with rows, S the slots; on the CPU.
         regional: What differs by place, or None: every task acts everywhere.
+        products: What layers that are given the same tensor share.
     """
 
     def __init__(self) -> None:
         self.regional: RegionalForms | None = None
         self._regions: Regions | None = None
+        self.products = Products()
         self.weights = torch.ones(1, len(PARTS))
         self._layers: list[Layer] = []
         self._vectors = TaskVectors(self._layers)

@@ -164,6 +164,7 @@ def apply_form(
     geometry: ConvGeometry | None = None,
     row_repeats: int = 1,
     masked: bool = True,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """Returns y + Σ wₖ Δₖ(x, y), in y's dtype and shape; y itself is never modified.
 
@@ -174,6 +175,7 @@ def apply_form(
         geometry: The convolution's geometry, None for a Linear.
         row_repeats: For a convolution with rows: how many leading entries of y belong to one row.
         masked: False: every strength of a hidden unit is 1, so that none need be multiplied.
+        hidden: Of a Linear, act(D x), should it be known (`kin.py`); it may be changed.
     """
     if geometry is not None:
         return _apply_convolution(x, y, form, geometry, row_repeats, masked)
@@ -184,23 +186,36 @@ def apply_form(
         offset = None if offset is None else offset.unsqueeze(1)
     if form.down is None or form.up is None:
         return _sum(own, gain, offset, fresh=False).reshape(y.shape)
-    x = x.to(y.device, y.dtype)
+    if hidden is None:
+        hidden = _hidden(x.to(y.device, y.dtype), form)
     mask = form.mask if masked else None
     if form.chosen is None:
-        hidden = _masked(activated(F.linear(x, form.down), form.floor, form.linear), mask)
-        correction = F.linear(hidden, form.up, offset)
+        correction = F.linear(_masked(hidden, mask), form.up, offset)
     else:
-        x = x.reshape(form.rows, -1, x.shape[-1])
-        hidden = torch.bmm(x, _gathered(form.down, form).transpose(1, 2))
-        floor = None if form.floor is None else _gathered(form.floor[..., None], form).mT
-        hidden = activated(hidden, floor, form.linear)
         hidden = _masked(hidden, None if mask is None else mask.unsqueeze(1))
-        up = _gathered(form.up, form)
+        up = gathered(form.up, form)
         if offset is None:
             correction = torch.bmm(hidden, up)
         else:
             correction = torch.baddbmm(offset, hidden, up)
     return _sum(own, gain, correction, fresh=True).reshape(y.shape)
+
+
+def product_of(x: Tensor, form: Form) -> Tensor:
+    """Returns D x of a Linear, (…, R), gathered (B, N, M·R)."""
+    assert form.down is not None
+    if form.chosen is None:
+        return F.linear(x, form.down)
+    x = x.reshape(form.rows, -1, x.shape[-1])
+    return torch.bmm(x, gathered(form.down, form).transpose(1, 2))
+
+
+def _hidden(x: Tensor, form: Form) -> Tensor:
+    """Returns act(D x) of a Linear."""
+    floor = form.floor
+    if floor is not None and form.chosen is not None:
+        floor = gathered(floor[..., None], form).mT
+    return activated(product_of(x, form), floor, form.linear)
 
 
 def _apply_convolution(
@@ -228,7 +243,7 @@ def _apply_convolution(
     return _sum(y, gain, correction, fresh=True)
 
 
-def _gathered(bank: Tensor, form: Form) -> Tensor:
+def gathered(bank: Tensor, form: Form) -> Tensor:
     """Returns each row's own part of a bank, (B, M·R, C)."""
     assert form.chosen is not None
     return bank.index_select(0, form.chosen).view(form.rows, -1, bank.shape[-1])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .affiner import Affiner, ConvGeometry
 from .forms import Form
+from .kin import kin_of
 from .regional_forms import Place, Question, Regional
 
 
@@ -28,6 +29,7 @@ class Layer:
         compiled: Its tasks, laid out for that code.
         asked: What compiled code asks regions for, once there is any.
         compiled_regional: What they answered.
+        kin: The layers that are given the same tensor, itself among them, in order; often none.
         was_live: Its parameters were trained since its tasks were laid out.
     """
 
@@ -41,6 +43,7 @@ class Layer:
     compiled: Form | None = None
     asked: Question | None = None
     compiled_regional: Regional | None = None
+    kin: tuple[Layer, ...] = ()
     was_live: bool = False
 
     def measure(self) -> int:
@@ -77,7 +80,7 @@ class TaskVectors:
         return {**self.__dict__, "_known": {}}
 
     def measure(self) -> bool:
-        """Finds each layer's place among all channels; says whether one has moved."""
+        """Finds each layer's place among all channels, and its kin; says whether one has moved."""
         start = 0
         moved = False
         for layer in self._layers:
@@ -86,6 +89,10 @@ class TaskVectors:
             layer.start, layer.width = start, width
             start += width
         self.channels = start
+        linear = {layer.name: layer for layer in self._layers if layer.geometry is None}
+        kin = kin_of(linear)
+        for layer in self._layers:
+            layer.kin = tuple(linear[name] for name in kin.get(layer.name, ()))
         return moved
 
     def of(self, slot: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

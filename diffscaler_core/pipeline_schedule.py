@@ -63,42 +63,37 @@ _known: weakref.WeakKeyDictionary[Any, _Percents] = weakref.WeakKeyDictionary()
 def _percents(scheduler: Any, mu: Any) -> list[float]:
     """Returns the percent of each of a scheduler's timesteps."""
     config = scheduler.config
-    times = [float(t) for t in _listed(scheduler.timesteps)]
-    sigmas = [float(s) for s in _listed(getattr(scheduler, "sigmas", ()))][: len(times)]
+    times = [float(time) for time in _listed(scheduler.timesteps)]
+    sigmas = [float(sigma) for sigma in _listed(getattr(scheduler, "sigmas", ()))]
+    if len(sigmas) not in (len(times), len(times) + 1):  # the last is where sampling ends
+        sigmas = []
     discrete = hasattr(scheduler, "alphas_cumprod")
+    counted = discrete and config.get("timestep_type", "discrete") == "discrete"
     lowest, highest = config.get("sigma_min"), config.get("sigma_max")
-    if config.get("use_flow_sigmas") or (sigmas and not discrete and highest is None):
+    if sigmas and (config.get("use_flow_sigmas") or (not discrete and highest is None)):
         alpha = _shift(scheduler, mu)
-        if config.get("invert_sigmas"):
-            sigmas = [1 - sigma for sigma in sigmas]
+        sigmas = [1 - s for s in sigmas] if config.get("invert_sigmas") else sigmas
         found = [1 - sigma / (alpha - (alpha - 1) * sigma) for sigma in sigmas]
-    elif len(sigmas) == len(times) and lowest and highest and not _counts_steps(scheduler):
+    elif sigmas and lowest and highest and not counted:
         span = math.log(highest / lowest)
         found = [math.log(highest / max(sigma, lowest)) / span for sigma in sigmas]
-    elif discrete and _counts_steps(scheduler):
+    elif counted:
         found = [1 - time / (config["num_train_timesteps"] - 1) for time in times]
     else:
         raise DiffScalerError(
             f"cannot tell where in sampling a {type(scheduler).__name__} is, so no schedule can "
             f"run with it; use a flow-matching, DDIM-, DPM- or EDM-like one, or no schedule"
         )
-    return [min(max(percent, 0.0), 1.0) for percent in found]
-
-
-def _counts_steps(scheduler: Any) -> bool:
-    """Says whether timesteps are numbers of training steps, not functions of the noise level."""
-    return (
-        hasattr(scheduler, "alphas_cumprod")
-        and scheduler.config.get("timestep_type", "discrete") == "discrete"
-    )
+    return [min(max(percent, 0.0), 1.0) for percent in found[: len(times)]]
 
 
 def _shift(scheduler: Any, mu: Any) -> float:
     """Returns α, which a flow-matching scheduler shifts its time by."""
     config = scheduler.config
     if not config.get("use_dynamic_shifting"):
-        shift = getattr(scheduler, "shift", None)  # a setter may have changed it since the config
-        return float(config.get("flow_shift", 1.0) if shift is None else shift)
+        if hasattr(type(scheduler), "shift"):  # set since the config was, perhaps
+            return float(scheduler.shift)
+        return float(config.get("shift", config.get("flow_shift", 1.0)))
     if mu is None:
         raise DiffScalerError(
             f"this {type(scheduler).__name__} shifts its time by the size that is drawn, which "

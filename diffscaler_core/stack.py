@@ -18,8 +18,9 @@ from .affiner_grad import affine, is_plain
 from .arrangement import Arrangement, Ready
 from .ensemble import Ensemble
 from .errors import DiffScalerError
-from .forms import apply_form
+from .forms import apply_form, product_of
 from .groups import apply_each, apply_stacked, fold_groups, stack_groups
+from .kernels import finish, serves
 from .layer_tasks import Layer, version_of
 from .regional import apply_factors
 from .regional_forms import Question
@@ -160,7 +161,13 @@ class AffinerStack(nn.Module):
         if self.ensemble.regional is not None:
             own = self.ensemble.regional.of(self._question(y, repeats), *self._here())
             return y if own is None else apply_factors(x, y, *own, self.geometry)
-        return apply_form(x, y, ready.form, self.geometry, repeats, not now.plain)
+        hidden = None
+        if ready.kin is not None:
+            hidden = self.ensemble.products.take(ready.kin, ready.place, x, y)
+        if self.geometry is None and serves(x, y, ready.form):
+            product = product_of(x.to(*place), ready.form) if hidden is None else hidden
+            return finish(product, y, ready.form, not now.plain)
+        return apply_form(x, y, ready.form, self.geometry, repeats, not now.plain, hidden)
 
     def _question(self, y: Tensor, repeats: int) -> Question:
         place = (y.device, y.dtype)

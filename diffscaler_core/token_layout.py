@@ -24,7 +24,7 @@ UNKNOWN_ROLES = ((".*", "either"),)
 ROLES = {
     "image": "image tokens, with reference pictures and filling if there are any",
     "joint": "image and text tokens in one run, in the order `TokenLayout.text` says",
-    "either": "called once with image tokens, once with text tokens",
+    "either": "called once with image tokens, once with text tokens, told apart by their number",
     "list": "image tokens with their filling, of all rows in one run of vectors",
     "mean": "text tokens, time or pooled vectors, or tokens in an order nobody knows",
 }

@@ -13,7 +13,7 @@ running Ray cluster instead of starting one here. How it scales: docs/scale.md.
 Two deployments: `Api` reads JSON and needs no torch; `Painters` has one base per replica. A replica
 gathers its requests into batches itself (serving/batching.py), each with one forward per step.
 `serve.multiplexed` would undo that: Serve splits a batch by model id, so that no two tasks could
-meet in one, and its pool counts models where ours counts bytes. What it offers besides, sending a
+meet in one, and it counts models where TaskBank counts bytes. What it offers besides, sending a
 task where it is loaded, is `--affinity`: consistent hashing of the task's name.
 """
 
@@ -103,6 +103,8 @@ class Painters:
         """Returns (status, PNG or message, facts). Errors are values: they cross processes."""
         try:
             request = self._request(body)
+            # files are read here, so that no batch waits for a disk
+            await asyncio.to_thread(self._painter.tasks.prefetch, list(request.tasks))
             picture, waited = await self._batcher.submit(request)
         except RequestError as error:
             return error.status, str(error), None
@@ -112,14 +114,12 @@ class Painters:
         return 200, await asyncio.to_thread(picture.png), facts
 
     def _request(self, body: dict[str, Any]) -> PictureRequest:
-        """Returns a request whose tasks exist.
+        """Returns the request.
 
         Raises:
-            RequestError: Some do not, or the picture is too large.
+            RequestError: Names that cannot be, or too large a picture.
         """
         tasks = tasks_of(body.pop("task"))
-        for name in tasks:
-            self._painter.tasks.check(name)
         side = self._painter.side
         body["width"], body["height"] = body["width"] or side, body["height"] or side
         if body["width"] * body["height"] > self._most_pixels:
@@ -131,20 +131,19 @@ class Painters:
         return PictureRequest(tasks=tasks, **body)
 
     def _paint(self, requests: list[PictureRequest]) -> Sequence[Any]:
-        hits, misses = self._painter.tasks.hits, self._painter.tasks.misses
         answers = self._painter.paint(requests)
-        _add(self._hits, self._painter.tasks.hits - hits)
-        _add(self._misses, self._painter.tasks.misses - misses)
         facts = next((a.facts for a in answers if not isinstance(a, Exception)), None)
         if facts is not None:
             self._rows.observe(facts.rows)
             self._tasks.observe(facts.tasks)
+            _add(self._misses, facts.misses)
+            _add(self._hits, facts.tasks - facts.misses)
             self._seconds.observe(facts.seconds)
         return answers
 
 
 def _add(counter: Counter, count: int) -> None:
-    if count:  # Ray's counters refuse 0
+    if count > 0:  # Ray's counters refuse 0
         counter.inc(count)
 
 
@@ -205,9 +204,10 @@ def application(args: argparse.Namespace) -> serve.Application:
         downscale_delay_s=120,
     )
     routing = RequestRouterConfig()
-    if args.affinity:  # a replica that is full passes its request on, so no popular task drowns one
+    if args.affinity:  # all may stand in: a popular task needs more replicas than a few
         routing = RequestRouterConfig(
-            request_router_class=ROUTER, request_router_kwargs={"num_fallback_replicas": 3}
+            request_router_class=ROUTER,
+            request_router_kwargs={"num_fallback_replicas": args.max_replicas},
         )
     painters = Painters.options(
         autoscaling_config=scaling,
@@ -233,7 +233,8 @@ def application(args: argparse.Namespace) -> serve.Application:
             tasks=str(args.tasks.resolve()),
             device=args.device,
             dtype=args.dtype,
-            budget=int(args.budget * 2**20),
+            device_bytes=int(args.device_mb * 2**20),
+            host_bytes=int(args.host_mb * 2**20),
         ),
         args.affinity,
     )
@@ -252,7 +253,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tasks", type=Path, default=POCKET / "diffscaler", help="folder of task files")
     add("--device", default="cpu")
     add("--dtype", default="float32")
-    add("--budget", type=float, default=512, help="MiB of tasks that stay loaded per replica")
+    add("--device-mb", type=float, default=512, help="MiB of tasks on a replica's device")
+    add("--host-mb", type=float, default=4096, help="MiB of tasks in a replica's memory beside")
     add("--rows", type=int, default=8, help="the most pictures in a batch")
     add("--patience", type=float, default=0.02, help="seconds a free model waits for a full batch")
     add("--one-task-per-batch", action="store_true", help="never mix tasks, to compare")

@@ -137,11 +137,12 @@ def draw_thumbnail(server: Server, name: str) -> Path:
     pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in files]
     rows = 2 if len(pictures) == 4 else 1
     columns = -(-len(pictures) // rows)
-    step = THUMBNAIL_SIDE + GAP
-    sheet = Image.new("RGB", (columns * step - GAP, rows * step - GAP), "white")
+    width = round(THUMBNAIL_SIDE * pictures[0].width / pictures[0].height)
+    across, down = width + GAP, THUMBNAIL_SIDE + GAP
+    sheet = Image.new("RGB", (columns * across - GAP, rows * down - GAP), "white")
     for i, picture in enumerate(pictures):
-        at = (i % columns * step, i // columns * step)
-        sheet.paste(picture.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS), at)
+        at = (i % columns * across, i // columns * down)
+        sheet.paste(picture.resize((width, THUMBNAIL_SIDE), Image.Resampling.LANCZOS), at)
     path = ui_path(name).with_suffix(".jpg")
     path.write_bytes(_jpeg(sheet))
     return path

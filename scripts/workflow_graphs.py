@@ -1,190 +1,26 @@
 """The workflows of ComfyUI's template browser, as data: nodes, links, places, a note each.
 
-`make_workflows.py` turns them into files. Node ids are numbers, as the frontend gives them.
+`make_workflows.py` turns them into files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
-SIZE, STEPS, GUIDANCE, SEED = 128, 20, 3.0, 7
-WIDTH = 320  # of every node
-COLUMN = 380  # from one column's left edge to the next
-PICTURE = (WIDTH, 270)  # of the previews
-ROW = 400  # from one branch to the next
-TALL = 560  # the same, where a branch has a control of its own
-BLUE, GREEN, PALE, GREY = "#3f789e", "#3f7a4a", "#8A8", "#777"
-
-Link = list[Any]
-Parts = tuple[Link, Link, Link]
-At = tuple[float, float]
-
-SWAP = (
-    "**For SD3.5 or Flux:** change *Load Diffusion Model*, *Load VAE*, the size in *Empty Latent* "
-    "(Flux: cfg 1) and the task files; put *Load CLIP* and *CLIP Text Encode* in the place of the "
-    "stored prompts. **For SDXL:** the same, with *Load Checkpoint* and *Empty Latent Image*."
+from workflow_parts import (
+    BLUE,
+    GREEN,
+    GREY,
+    GUIDANCE,
+    PALE,
+    PICTURE,
+    ROW,
+    SIZE,
+    TALL,
+    WIDTH,
+    Workflow,
+    three,
 )
-FILES = (
-    "**Without any download:** copy the folders of the pack's `assets/pocket` into `models`, then "
-    "press *Run*."
-)
-
-
-@dataclass
-class Workflow:
-    """One workflow and where its nodes lie.
-
-    Attributes:
-        name: The files' name.
-        about: The note's first line.
-        nodes: The graph in API format.
-        places: Node id -> its place, least size and colour.
-        groups: Frames around nodes: title, node ids, colour.
-    """
-
-    name: str
-    about: str
-    nodes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    places: dict[str, dict[str, Any]] = field(default_factory=dict)
-    groups: list[dict[str, Any]] = field(default_factory=list)
-
-    def add(
-        self,
-        kind: str,
-        at: At,
-        called: str = "",
-        size: tuple[float, float] = (WIDTH, 0),
-        color: str = "",
-        **inputs: Any,
-    ) -> Link:
-        """Adds a node; returns its first output.
-
-        Args:
-            kind: The node's class.
-            at: Column, and y within it.
-            called: Another title than the class's.
-            size: Width and least height.
-            color: A name in the frontend's palette.
-            inputs: Widget values and links.
-        """
-        key = str(len(self.nodes) + 1)
-        meta = {"_meta": {"title": called}} if called else {}
-        self.nodes[key] = {"class_type": kind, "inputs": inputs, **meta}
-        pos = [round(at[0] * COLUMN), at[1]]
-        self.places[key] = {"pos": pos, "size": list(size), "color": color}
-        return [key, 0]
-
-    def frame(self, title: str, color: str, *links: Link) -> None:
-        """Draws a frame around nodes."""
-        self.groups.append({"title": title, "color": color, "nodes": [link[0] for link in links]})
-
-    @property
-    def layout(self) -> dict[str, Any]:
-        """What the frontend needs besides the graph."""
-        text = "\n\n".join((self.about, FILES, SWAP))
-        note = {"title": "Note", "pos": [0, 0], "size": [WIDTH, 270], "text": text}
-        return {"nodes": self.places, "groups": self.groups, "note": note}
-
-    # What all the workflows are made of.
-
-    def base(self) -> tuple[Link, Link, Link]:
-        """Adds the pocket base below the note: model, VAE, latent."""
-        model = self.add(
-            "UNETLoader",
-            (0, 370),
-            "Load Diffusion Model: pocket base",
-            unet_name="diffscaler_pocket.safetensors",
-            weight_dtype="default",
-        )
-        vae = self.add("VAELoader", (0, 530), vae_name="diffscaler_pocket_vae.safetensors")
-        latent = self.add(
-            "EmptySD3LatentImage",
-            (0, 665),
-            "Empty Latent",
-            width=SIZE,
-            height=SIZE,
-            batch_size=1,
-        )
-        self.frame("base", BLUE, model, vae, latent)
-        return model, vae, latent
-
-    def task(self, name: str, at: At) -> Link:
-        """Adds a task file."""
-        return self.add(
-            "DiffScalerLoadTask",
-            at,
-            f"Load DiffScaler Task: {name}",
-            color="green",
-            task_name=f"{name}.safetensors",
-        )
-
-    def prompt(self, task: Link, word: str, at: At) -> Link:
-        """Adds a stored prompt."""
-        title = f"stored prompt: {word}" if word else "stored prompt: the empty one"
-        return self.add("DiffScalerTaskConditioning", at, title, task=task, prompt=word)
-
-    def apply(self, model: Link, task: Link, at: At) -> Link:
-        """Adds a task to a model, as trained."""
-        return self.add(
-            "DiffScalerApplyTask", at, color="green", model=model, task=task, strength=1.0
-        )
-
-    def controlled(
-        self, at: At, parts: Parts, task: Link, vae: Link, image: Link, strength: float
-    ) -> Link:
-        """Adds a control; its outputs are model, positive, negative, as are `parts`."""
-        model, positive, negative = parts
-        return self.add(
-            "DiffScalerControl",
-            at,
-            color="green",
-            model=model,
-            positive=positive,
-            negative=negative,
-            task=task,
-            vae=vae,
-            image=image,
-            strength=strength,
-        )
-
-    def picture(
-        self,
-        title: str,
-        at: At,
-        parts: tuple[Link, Link, Link, Link, Link],
-        *framed: Link,
-    ) -> Link:
-        """Adds sampler, decoder and preview in three columns; returns the decoded picture.
-
-        Args:
-            title: What the picture shows.
-            at: The sampler's place.
-            parts: Model, positive, negative, latent, VAE.
-            framed: Further nodes inside the branch's frame.
-        """
-        model, positive, negative, latent, vae = parts
-        samples = self.add(
-            "KSampler",
-            at,
-            f"KSampler: {title}",
-            model=model,
-            positive=positive,
-            negative=negative,
-            latent_image=latent,
-            seed=SEED,
-            steps=STEPS,
-            cfg=GUIDANCE,
-            sampler_name="euler",
-            scheduler="normal",
-            denoise=1.0,
-        )
-        column, y = at
-        pictures = self.add("VAEDecode", (column + 1, y), samples=samples, vae=vae)
-        shown = self.add("PreviewImage", (column + 2, y), title, PICTURE, images=pictures)
-        self.frame(title, GREY, *framed, samples, pictures, shown)
-        return pictures
 
 
 def apply_task() -> Workflow:
@@ -302,6 +138,91 @@ def combine_and_save() -> Workflow:
     return flow
 
 
+def compare_tasks() -> Workflow:
+    """One prompt and seed under several tasks, in one batch."""
+    flow = Workflow(
+        "compare_tasks",
+        "**The same prompt and seed under four tasks, in one batch.** *Compare* makes a batch with "
+        "one latent per task and the base first, all from the same noise; *Task Grid* puts the "
+        "pictures side by side. One sampling run, one call of the model a step.",
+    )
+    model, vae, latent = flow.base()
+    words = flow.task("words", (1, 0))
+    positive = flow.prompt(words, "cat", (1, 130))
+    negative = flow.prompt(words, "", (1, 270))
+    flow.frame("prompts, stored in a task file", PALE, words, positive, negative)
+    names = ("ink", "neon", "fruits", "smileys")
+    tasks = [flow.task(name, (1, 470 + 130 * i)) for i, name in enumerate(names)]
+    flow.frame("four tasks", GREEN, *tasks)
+    compared = flow.add(
+        "DiffScalerCompareTasks",
+        (2, 0),
+        color="green",
+        model=model,
+        positive=positive,
+        negative=negative,
+        latent=latent,
+        strengths="",
+        include_base=True,
+        **{f"tasks.task{i}": task for i, task in enumerate(tasks)},
+    )
+    key = compared[0]
+    samples = flow.sampler("all in one batch", (2, 390), [[key, i] for i in range(4)])
+    pictures = flow.add("VAEDecode", (3, 0), samples=samples, vae=vae)
+    grid = flow.add(
+        "DiffScalerTaskGrid",
+        (3, 100),
+        color="green",
+        images=pictures,
+        names=[key, 4],
+        columns=3,
+    )
+    shown = flow.add("PreviewImage", (4, 0), "side by side", (2 * WIDTH, 490), images=grid)
+    flow.frame("one batch", GREY, compared, samples, pictures, grid, shown)
+    return flow
+
+
+def regions() -> Workflow:
+    """Two tasks, each in its own half of one picture."""
+    flow = Workflow(
+        "regions",
+        "**Each task in its own part of the picture.** From above: *fruits* everywhere, *ink* "
+        "everywhere, *fruits* left and *ink* right. *region* takes any mask, of any size; all "
+        "tasks run in the same call of the model.",
+    )
+    model, vae, latent = flow.base()
+    words = flow.task("words", (1, 0))
+    positive = flow.prompt(words, "heart", (1, 130))
+    negative = flow.prompt(words, "", (1, 270))
+    flow.frame("prompts, stored in a task file", PALE, words, positive, negative)
+    names = ("fruits", "ink")
+    fruits, ink = (flow.task(name, (1, 470 + 130 * i)) for i, name in enumerate(names))
+    flow.frame("two tasks", GREEN, fruits, ink)
+    nothing = flow.add("SolidMask", (1, 790), "nowhere", value=0.0, width=SIZE, height=SIZE)
+    half = flow.add("SolidMask", (1, 970), "a half", value=1.0, width=SIZE // 2, height=SIZE)
+    left = flow.add(
+        "MaskComposite",
+        (1, 1150),
+        "left half",
+        destination=nothing,
+        source=half,
+        x=0,
+        y=0,
+        operation="add",
+    )
+    right = flow.add("InvertMask", (1, 1360), "right half", mask=left)
+    flow.frame("two masks; any mask will do", BLUE, nothing, half, left, right)
+    for i, (name, task) in enumerate(zip(names, (fruits, ink), strict=True)):
+        applied = flow.apply(model, task, (2, ROW * i))
+        title = f"{name} everywhere"
+        flow.picture(title, (3, ROW * i), (applied, positive, negative, latent, vae), applied)
+    first = flow.apply(model, fruits, (2, 2 * ROW), region=left)
+    both = flow.apply(first, ink, (2, 3 * ROW), region=right)
+    parts = (both, positive, negative, latent, vae)
+    flow.picture("fruits left, ink right", (3, 2 * ROW), parts, first, both)
+    return flow
+
+
 def train_task() -> Workflow:
     """A task trained on the pack's own pictures, and put to use."""
     flow = Workflow(
@@ -392,20 +313,15 @@ def control() -> Workflow:
     for name, image in pictures.items():
         tasks[name] = flow.task(name, (2, y))
         node = flow.controlled((2, y + 130), plain, tasks[name], vae, image, 1.0)
-        parts = (*_three(node), latent, vae)
+        parts = (*three(node), latent, vae)
         flow.picture(f"with its {name}", (3, y), parts, tasks[name], node)
         y += TALL
     both, nodes = plain, []
     for i, (name, image) in enumerate(pictures.items()):
         nodes.append(flow.controlled((2, y + 390 * i), both, tasks[name], vae, image, 0.6))
-        both = _three(nodes[-1])
+        both = three(nodes[-1])
     flow.picture("with both", (3, y), (*both, latent, vae), *nodes)
     return flow
-
-
-def _three(node: Link) -> Parts:
-    """Returns a node's first three outputs."""
-    return [node[0], 0], [node[0], 1], [node[0], 2]
 
 
 ALL: Sequence[Callable[[], Workflow]] = (
@@ -414,5 +330,7 @@ ALL: Sequence[Callable[[], Workflow]] = (
     task_prompts,
     combine_and_save,
     control,
+    compare_tasks,
+    regions,
     train_task,
 )

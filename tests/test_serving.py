@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
+from diffscaler_core import load_task, new_task, save_task
 
 ROOT = Path(__file__).resolve().parent.parent
 POCKET = ROOT / "assets" / "pocket"
@@ -214,6 +217,8 @@ def test_a_bad_request_spoils_no_other(
     for name in ("ink", "edges"):
         shutil.copy(TASKS / f"{name}.safetensors", tmp_path)
     (tmp_path / "broken.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    other = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    save_task(new_task(other, targets="all"), tmp_path / "stranger.safetensors")
     painter = serving.painter.Painter(POCKET, tmp_path)
     answers = painter.paint(
         [
@@ -222,12 +227,16 @@ def test_a_bad_request_spoils_no_other(
             ask("cat", "edges"),
             ask("unicorn", "ink"),
             ask("cat", "ink"),
+            ask("cat", "stranger"),
+            ask("dog", seed=1),
         ]
     )
-    assert [getattr(answer, "status", 200) for answer in answers] == [404, 422, 422, 422, 200]
+    statuses = [getattr(answer, "status", 200) for answer in answers]
+    assert statuses == [404, 422, 422, 422, 200, 422, 200]
     assert "needs a control picture" in str(answers[2])
     assert "unknown word 'unicorn'; known: cat, dog" in str(answers[3])
-    assert answers[4].facts.rows == 1
+    assert "does not fit" in str(answers[5])
+    assert answers[4].facts.rows == answers[6].facts.rows == 2
 
 
 def test_a_batch_that_fails_is_drawn_one_by_one(
@@ -256,22 +265,31 @@ def test_a_batch_that_fails_is_drawn_one_by_one(
 def test_tasks_come_by_name_and_the_longest_unused_go(
     serving: SimpleNamespace, ask: Callable[..., Any]
 ) -> None:
-    size = serving.tasks.load_task(TASKS / "smileys.safetensors").nbytes
-    painter = serving.painter.Painter(POCKET, TASKS, budget=2 * size)
-    tasks = painter.tasks
+    size = load_task(TASKS / "ink.safetensors").nbytes * 2  # the file has them in half precision
+    painter = serving.painter.Painter(POCKET, TASKS, device_bytes=2 * size)
 
-    def loaded() -> set[str]:
-        return set(painter._pipe.get_list_diffscalers().get("transformer", []))
+    def draw(*names: str | None) -> list[tuple[int, int]]:
+        pictures = painter.paint([ask("cat", name) for name in names])
+        return [(picture.facts.rows, picture.facts.misses) for picture in pictures]
 
-    painter.paint([ask("cat", "ink"), ask("cat", "neon")])
-    assert loaded() == {"ink", "neon"}
-    painter.paint([ask("cat", "ink")])
-    assert (tasks.hits, tasks.misses) == (1, 2)
-    painter.paint([ask("cat", "fruits")])
-    assert loaded() == {"ink", "fruits"}
-    assert tasks.nbytes <= 2 * size
-    painter.paint([ask("cat", name) for name in ("ink", "neon", "smileys", "fruits")])
-    assert loaded() == {"ink", "neon", "smileys", "fruits"}  # one batch's tasks all stay
-    painter.paint([ask("cat", "neon"), ask("cat")])
-    assert loaded() >= {"neon"}
-    assert tasks.nbytes <= 4 * size
+    assert draw("ink", "neon") == [(2, 2)] * 2
+    assert draw("ink", None) == [(2, 0)] * 2
+    assert draw("fruits") == [(1, 1)]
+    assert painter.tasks.loaded == ("ink", "fruits")
+    # four tasks where two fit: two batches
+    assert draw("neon", "smileys", "fruits", "ink") == [(2, 2)] * 4
+    assert len(painter.tasks.loaded) == 2
+
+
+def test_tasks_are_read_ahead_of_their_batch(
+    serving: SimpleNamespace, ask: Callable[..., Any], tmp_path: Path
+) -> None:
+    painter = serving.painter.Painter(POCKET, tmp_path)
+    shutil.copy(TASKS / "ink.safetensors", tmp_path)  # files may come while the server runs
+    painter.tasks.prefetch(["ink"])
+    assert painter.tasks.loaded == ()
+    (tmp_path / "ink.safetensors").unlink()
+    assert painter.paint([ask("cat", "ink")])[0].facts.misses == 1
+    with pytest.raises(serving.requests.RequestError, match="no task 'ink2'") as caught:
+        painter.tasks.prefetch(["ink2"])
+    assert caught.value.status == 404

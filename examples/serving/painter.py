@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 import diffscaler_core.pipelines  # noqa: F401  (gives the pipeline its methods)
+from diffscaler_core import DiffScalerError
 from diffscaler_core.pocket import CONFIG, WORDS, load_pipeline, load_words
 
 from .requests import Facts, PictureRequest, RequestError
@@ -51,7 +52,8 @@ class Painter:
         *,
         device: str = "cpu",
         dtype: str = "float32",
-        budget: int = 512 * 2**20,
+        device_bytes: int = 1 << 29,
+        host_bytes: int = 1 << 32,
     ) -> None:
         """Loads the base.
 
@@ -60,7 +62,8 @@ class Painter:
             tasks: A folder of task files.
             device: Where to draw.
             dtype: What to compute in, by torch's name.
-            budget: Bytes of tasks that stay loaded.
+            device_bytes: Of the tasks that stay on the device.
+            host_bytes: Of those that stay in memory beside.
         """
         numbers = getattr(torch, dtype)
         self._words: Mapping[str, Any] | None = None
@@ -72,7 +75,7 @@ class Painter:
         self._pipe.to(device)
         self._pipe.set_progress_bar_config(disable=True)
         self._device = device
-        self.tasks = TaskFolder(self._pipe, tasks, budget)
+        self.tasks = TaskFolder(self._pipe, tasks, device_bytes, host_bytes)
         self.side = int(self._pipe.default_sample_size * self._pipe.vae_scale_factor)
         self._failures = 0
 
@@ -84,51 +87,73 @@ class Painter:
     def paint(self, requests: Sequence[PictureRequest]) -> list[Picture | Exception]:
         """Returns a picture, or what went wrong, for each request of one batch.
 
-        A request with a bad task or prompt is left out of the batch; should the batch fail as a
-        whole, each request is tried alone, so that one of them cannot spoil the others.
+        A request with a bad task or prompt is left out. Tasks that do not fit beside the others
+        make a batch after them. Should a batch fail as a whole, each of its requests is tried
+        alone, so that one of them cannot spoil the others.
 
         Args:
             requests: One batch: all with the same `batch_key`.
         """
-        start, misses = time.perf_counter(), self.tasks.misses
-        needed = {name for request in requests for name in request.tasks}
-        refused: dict[int, Exception] = {}
-        prompts: dict[int, Any] = {}
-        for index, request in enumerate(requests):
-            try:
-                prompts[index] = self._prompt(request, needed)
-            except RequestError as error:
-                refused[index] = error
-        drawn = self._draw({i: requests[i] for i in prompts}, prompts)
-        good = [requests[i] for i, pixels in drawn.items() if isinstance(pixels, np.ndarray)]
-        facts = Facts(
-            rows=len(good),
-            tasks=len({name for request in good for name in request.tasks}),
-            misses=self.tasks.misses - misses,
-            seconds=time.perf_counter() - start,
-        )
-        if drawn:
-            self._failures = 0 if good else self._failures + 1
-        answers = {
-            i: d if isinstance(d, Exception) else Picture(d, facts) for i, d in drawn.items()
-        }
-        return [(refused | answers)[index] for index in range(len(requests))]
+        answers: dict[int, Picture | Exception] = {}
+        left = dict(enumerate(requests))
+        while left:
+            start, before = time.perf_counter(), set(self.tasks.loaded)
+            ready, prompts = self._ready(left, answers)
+            drawn = self._draw(ready, prompts)
+            good = [ready[i] for i, pixels in drawn.items() if isinstance(pixels, np.ndarray)]
+            tasks = {name for request in good for name in request.tasks}
+            facts = Facts(
+                rows=len(good),
+                tasks=len(tasks),
+                misses=len(tasks - before),
+                seconds=time.perf_counter() - start,
+            )
+            if drawn:
+                self._failures = 0 if good else self._failures + 1
+            for i, result in drawn.items():
+                answers[i] = result if isinstance(result, Exception) else Picture(result, facts)
+            left = {i: request for i, request in left.items() if i not in answers}
+        return [answers[i] for i in range(len(requests))]
 
-    def _prompt(self, request: PictureRequest, needed: set[str]) -> Any:
-        """Loads a request's tasks and returns its prompt as the pipeline wants it.
+    def _ready(
+        self, left: Mapping[int, PictureRequest], answers: dict[int, Any]
+    ) -> tuple[dict[int, PictureRequest], dict[int, Any]]:
+        """Returns those who can be drawn now, and their prompts; puts errors into `answers`.
+
+        The first one is either ready or has its error, so that the rest comes to its turn.
+        """
+        ready: dict[int, PictureRequest] = {}
+        prompts: dict[int, Any] = {}
+        held: list[str] = []
+        for i, request in left.items():
+            try:
+                self.tasks.hold([*held, *request.tasks])
+                prompts[i] = self._prompt(request)
+            except RequestError as error:
+                answers[i] = error
+            except DiffScalerError as error:
+                if not ready:
+                    answers[i] = RequestError(422, str(error))
+            else:
+                ready[i] = request
+                held += request.tasks
+        return ready, prompts
+
+    def _prompt(self, request: PictureRequest) -> Any:
+        """Returns a request's prompt as the pipeline wants it.
 
         The pocket base has no text encoder: its prompts are the words it ships, or what one of the
         request's tasks brings.
         """
-        loaded = [self.tasks.get(name, needed) for name in request.tasks]
         if self._words is None:
             return request.prompt
-        for task in loaded:
+        own = [self.tasks.prompt_of(name) for name in request.tasks]
+        for task in own:
             if request.prompt in task.prompts:
                 return task.prompt(request.prompt)
         if not request.prompt or request.prompt not in self._words:
-            own = [word for task in loaded for word in task.prompts]
-            known = ", ".join([*own, *filter(None, self._words)])
+            brought = [word for task in own for word in task.prompts]
+            known = ", ".join([*brought, *filter(None, self._words)])
             raise RequestError(422, f"unknown word {request.prompt[:100]!r}; known: {known}")
         return self._words[request.prompt]
 

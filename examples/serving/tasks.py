@@ -1,91 +1,80 @@
-"""Many tasks on one pipeline: loaded by name when first asked for, least recently used ones out."""
+"""A folder of tasks behind a bank: found by name, read ahead of their batch, fit for a prompt."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import diffscaler_core.pipelines  # noqa: F401  (gives the pipeline its methods)
-from diffscaler_core import DiffScalerError, TaskAdapter, load_task
+from diffscaler_core import DiffScalerError, TaskAdapter, TaskBank, UnknownNameError, load_task
 
 from .requests import RequestError
 
 
 class TaskFolder:
-    """The tasks of a folder, as many of them on the pipeline as a byte budget allows.
+    """The tasks of a folder, as many of them on the pipeline as a byte budget allows."""
 
-    Attributes:
-        hits: Tasks that a batch found loaded.
-        misses: Tasks that a batch had to load.
-    """
-
-    def __init__(self, pipe: Any, folder: str | Path, budget: int) -> None:
-        """Loads nothing yet.
+    def __init__(self, pipe: Any, folder: str | Path, device_bytes: int, host_bytes: int) -> None:
+        """Reads nothing yet.
 
         Args:
             pipe: Any pipeline the plugin knows.
-            folder: Where `<name>.safetensors` lie; read anew for each task that is not loaded.
-            budget: Bytes; the tasks of one batch stay loaded even if they are more.
+            folder: Where `<name>.safetensors` lie; files may come while the server runs.
+            device_bytes: Of the tasks that stay on the pipeline.
+            host_bytes: Of those that stay in memory beside.
         """
-        self._pipe = pipe
         self._folder = Path(folder)
-        self._budget = budget
-        self._loaded: OrderedDict[str, TaskAdapter] = OrderedDict()
-        self.hits = self.misses = 0
+        self._bank = TaskBank(pipe, self._read, device_bytes=device_bytes, host_bytes=host_bytes)
+        self._prompts: dict[str, TaskAdapter] = {}  # of each task in the bank, without its layers
+        self._lock = threading.Lock()
 
     def names(self) -> list[str]:
         """Returns what the folder has now."""
         return sorted(path.stem for path in self._folder.glob("*.safetensors"))
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the tasks that are loaded."""
-        return sum(task.nbytes for task in self._loaded.values())
+    def loaded(self) -> tuple[str, ...]:
+        """The tasks on the pipeline, the one used longest ago first."""
+        return self._bank.at_hand
 
-    def check(self, name: str) -> None:
-        """Raises RequestError if there is no such task."""
-        if not (self._folder / f"{name}.safetensors").is_file():
-            raise RequestError(404, f"no task {name!r}; GET /v1/tasks lists them")
-
-    def get(self, name: str, batch: Iterable[str] = ()) -> TaskAdapter:
-        """Returns a task that is now on the pipeline.
-
-        Args:
-            name: The task.
-            batch: Tasks that must stay, because they run in the same batch.
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Reads tasks into memory, beside a batch under way; from any thread.
 
         Raises:
             RequestError: No such task, or it cannot run here.
         """
-        if name in self._loaded:
-            self.hits += 1
-            self._loaded.move_to_end(name)
-            return self._loaded[name]
-        self.check(name)
-        self.misses += 1
         try:
-            task = load_task(self._folder / f"{name}.safetensors")
-            if task.is_control:
-                raise RequestError(422, f"task {name!r} needs a control picture, a prompt will not")
-            self._pipe.load_diffscaler(task, name)
+            self._bank.prefetch(names)
         except DiffScalerError as error:
             raise RequestError(422, str(error)) from error
-        self._loaded[name] = task
-        self._make_room({name, *batch})
-        return task
 
-    def _make_room(self, keep: set[str]) -> None:
-        held = self.nbytes
-        out = []
-        for name, task in self._loaded.items():
-            if held <= self._budget:
-                break
-            if name not in keep:
-                out.append(name)
-                held -= task.nbytes
-        if out:
-            self._pipe.delete_diffscaler(out)
-        for name in out:
-            del self._loaded[name]
+    def hold(self, names: Sequence[str]) -> None:
+        """Brings all these tasks to the pipeline, or none; others make room.
+
+        Raises:
+            RequestError: No such task, or it cannot run here.
+            DiffScalerError: One was made for another base, or they are too many at once.
+        """
+        try:
+            self._bank.need(names)
+        except UnknownNameError as error:
+            raise RequestError(404, str(error)) from error
+
+    def prompt_of(self, name: str) -> TaskAdapter:
+        """Returns the prompts a task brings along. It must be on the pipeline."""
+        return self._prompts[name]
+
+    def _read(self, name: str) -> TaskAdapter:
+        path = self._folder / f"{name}.safetensors"
+        if not path.is_file():
+            raise RequestError(404, f"no task {name!r}; GET /v1/tasks lists them")
+        task = load_task(path)
+        if task.is_control:
+            raise RequestError(422, f"task {name!r} needs a control picture, a prompt will not do")
+        with self._lock:
+            kept = {name, *self._bank.at_hand, *self._bank.in_memory}
+            if len(self._prompts) > 2 * len(kept):
+                self._prompts = {n: own for n, own in self._prompts.items() if n in kept}
+            self._prompts[name] = task.replace(layers={}, extras={})
+        return task

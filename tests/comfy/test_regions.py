@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from . import test_control_hosts as hosts
 from .formula import close
 from .routes import Routes, calls_of
 
@@ -252,3 +253,71 @@ def test_on_another_model_object_and_another_gpu(routes: Routes) -> None:
     assert torch.equal(tiny.run(moved), wanted)
     clone = regional.deepclone_multigpu(new_load_device=torch.device("cpu"))
     assert torch.equal(tiny.run(clone), wanted)
+
+
+def test_videos_and_bases_that_draw_pictures_as_videos(routes: Routes) -> None:
+    """The same mask in every frame; routes and per-latent masks go by row there too."""
+    tiny = routes.tiny
+    positive, negative = tiny.prompt(1), tiny.prompt(2)
+    for kind, config, shape in (
+        ("WAN21_T2V", hosts.WAN, (1, 16, 3, 8, 8)),
+        ("QwenImage", hosts.QWEN, (2, 16, 1, 8, 8)),
+    ):
+        model = hosts._patcher(kind, config)
+        a, b = tiny.task(model, 1), tiny.task(model, 2)
+        latent = {"samples": torch.zeros(shape)}
+
+        def run(applied: Any, conds: Any = (positive, negative), at: Any = latent) -> Tensor:
+            return routes.sample(applied, *conds, at)
+
+        full = torch.ones(1, 64, 64)
+        assert close(run(tiny.apply(model, a, region=full)), run(tiny.apply(model, a)), 2e-5)
+        half = run(tiny.apply(model, a, region=left()))
+        both = [run(tiny.apply(tiny.apply(model, a, region=left()), a, region=1 - left()))]
+        assert close(both[0], run(tiny.apply(model, a)), 2e-5)
+        assert not close(half, both[0], 1e-3)
+        if shape[0] == 2:
+            routed = routes.route(
+                tiny.apply(model, b, region=torch.cat([left(), 1 - left()])),
+                positive,
+                *(a, b),
+                mode="one task per latent",
+                negative=negative,
+            )
+            result = run(routed[0], routed[1:])
+            regional = tiny.apply(model, b, region=left())
+            assert close(result[0], run(tiny.apply(regional, a))[0], 2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["tiny_sd3", "tiny_flux"])
+def test_under_torch_compile_masks_and_strengths_change_without_recompiling(
+    routes: Routes, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    import torch._dynamo
+    from comfy.ldm.modules import attention
+    from comfy.ldm.modules.diffusionmodules import mmdit
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    # On the CPU the default attention looks at the free memory, and recompiles when it changes.
+    monkeypatch.setattr(mmdit, "optimized_attention", attention.attention_pytorch)
+    torch._dynamo.reset()
+    tiny = routes.tiny
+    model = tiny.load(family)
+    a, b = tiny.task(model, 1), tiny.task(model, 2)
+    compiled = model.clone()
+    set_torch_compile_wrapper(compiled, "eager")
+
+    def run(start: Any, mask: Tensor, strength: float) -> Tensor:
+        applied = tiny.apply(start, a, strength, region=mask)
+        return tiny.run(tiny.apply(applied, b, region=1 - mask), steps=2)
+
+    assert close(run(compiled, left(), 1.0), run(model, left(), 1.0), 2e-5)
+    run(compiled, left(), 0.5)
+    torch._dynamo.utils.counters.clear()
+    for i in range(1, 5):
+        mask = torch.zeros(1, 64, 64)
+        mask[..., : 12 * i] = 1
+        assert close(run(compiled, mask, 0.2 * i), run(model, mask, 0.2 * i), 2e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+    torch._dynamo.reset()

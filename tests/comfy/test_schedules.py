@@ -121,6 +121,21 @@ def test_factor_zero_is_the_base_and_one_is_the_task_bit_for_bit(routes: Routes)
     assert torch.equal(tiny.run(tiny.apply(model, routes.schedule(task, "0: 1"))), whole)
 
 
+def test_another_schedule_is_no_other_copy_of_the_task(routes: Routes) -> None:
+    tiny = routes.tiny
+    model = tiny.load("tiny_sd3")
+    task = tiny.task(model)
+    first = tiny.apply(model, routes.schedule(task, "0: 1\n1: 0"))
+    second = tiny.apply(model, routes.schedule(task, "0: 0\n1: 1"))
+    held = [tiny.patching.tasks_on(applied)[0].parameters for applied in (first, second)]
+    assert held[0] is held[1]
+    assert tiny.patching.tasks_on(tiny.apply(model, tiny.task(model)))[0].parameters is not held[0]
+    results = [tiny.run(applied, steps=4) for applied in (first, second, first)]
+    assert not close(results[0], results[1], 1e-3)
+    assert torch.equal(results[0], results[2])
+    assert len(tiny.patching._carriers[model.model]) == 1
+
+
 def test_a_window_is_the_range_of_sampling(routes: Routes) -> None:
     tiny = routes.tiny
     model = tiny.load("tiny_sd3")

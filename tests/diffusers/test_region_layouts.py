@@ -1,8 +1,7 @@
 """Where regions put each layer's tokens, compared with where the family's real model has them.
 
-Nothing mixes tokens here: attention gives every token its own value, normalisation over places is
-left out, and only the middle of a kernel counts. So one changed place of the latents changes its
-own tokens in every layer of the model, and no others.
+See `token_places.py`: in a model that mixes no tokens, a changed place of the latents moves its own
+tokens in every layer, and no others.
 """
 
 import dataclasses
@@ -21,9 +20,11 @@ from diffscaler_core.regions import Regions, TokenLayout
 from diffscaler_core.targets import all_targets, geometry_of, resolve
 from diffscaler_core.task import embedding_of
 from diffscaler_core.token_layout import layout_of
+from diffscaler_core.tokens import pack
 
 CALLS = runpy.run_path(str(Path(__file__).with_name("tiny_calls.py")))
-BASES, Base, rand = CALLS["BASES"], CALLS["Base"], CALLS["rand"]
+BASES, rand = CALLS["BASES"], CALLS["rand"]
+PLACES = runpy.run_path(str(Path(__file__).parents[1] / "token_places.py"))
 #: Latents with as many image tokens as the family's layers for text alone have text tokens, so that
 #: only a layer's name can tell.
 AS_LONG_AS_TEXT = {
@@ -59,41 +60,9 @@ def own_linear_value(_: Any, attn: Any, hidden_states: Tensor, *args: Any, **kwa
 
 
 @pytest.fixture(autouse=True)
-def _nothing_mixes(monkeypatch: pytest.MonkeyPatch) -> None:
+def _attention_mixes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", own_value)
     monkeypatch.setattr(SanaLinearAttnProcessor2_0, "__call__", own_linear_value)
-    monkeypatch.setattr(nn.GroupNorm, "forward", lambda _, x: x)
-
-
-def unmixed(model: nn.Module) -> nn.Module:
-    """The model with only the middle of each kernel, unless the kernel is a patch."""
-    for module in model.modules():
-        kernel = getattr(module, "kernel_size", ())
-        if isinstance(module, nn.Conv2d) and module.padding == (1, 1):
-            middle = torch.zeros(kernel)
-            middle[1, 1] = 1
-            module.weight.data *= middle
-    return model
-
-
-class Run:
-    """What every call of every layer gave, when the model ran on some latents."""
-
-    def __init__(self, base: Any, model: nn.Module, x: Tensor) -> None:
-        self.outputs: dict[tuple[str, int], Tensor] = {}
-        handles = [
-            resolve(model, t.name).register_forward_hook(  # type: ignore[union-attr]
-                lambda _, args, y, name=t.name: self.note(name, y)
-            )
-            for t in all_targets(model)
-        ]
-        base.run(model, x)
-        for handle in handles:
-            handle.remove()
-
-    def note(self, name: str, y: Tensor) -> None:
-        call = sum(known == name for known, _ in self.outputs)
-        self.outputs[name, call] = y.clone()
 
 
 def tells_no_rows(name: str) -> bool:
@@ -104,52 +73,19 @@ def tells_no_rows(name: str) -> bool:
     return ".experts." in name or name == "cap_embedder.1"
 
 
-def places(layout: TokenLayout) -> list[tuple[slice, slice]]:
-    """The blocks of latents that no layer resolves further."""
-    step = 2 if layout.kind == "unet" else layout.patch
-    rows, columns = range(0, layout.height, step), range(0, layout.width, step)
-    return [(slice(i, i + step), slice(j, j + step)) for i in rows for j in columns]
+def watched(base: Any, model: nn.Module, x: Tensor) -> Any:
+    PLACES["unmix"](model)
+    layers = {t.name: resolve(model, t.name) for t in all_targets(model)}
+    told = {name: layer for name, layer in layers.items() if not tells_no_rows(name)}
+    return PLACES["Watched"](told, lambda change: base.run(model, change(x)))
 
 
-def check(base: Any, model: nn.Module, x: Tensor, layout: TokenLayout) -> dict[str, int]:
-    """Compares gates with what changes, place by place; returns image tokens found per layer."""
+def check(model: nn.Module, watched: Any, layout: TokenLayout) -> dict[str, int]:
+    geometry = {name: geometry_of(layer) for name, layer in watched.layers.items()}
     kind = type(model).__name__
-    plain = Run(base, model, x).outputs
-    geometry = {name: geometry_of(resolve(model, name)) for name, _ in plain}
-    every = places(layout)
-    pairs = list(zip(every, every[1:] + every[:1], strict=True))  # row 0's place, and row 1's
-    moved: dict[tuple[str, int], list[Tensor]] = {key: [] for key in plain}
-    for pair in pairs:
-        changed = x.clone()
-        for row, (i, j) in enumerate(pair):
-            changed[row, ..., i, j] += 1
-        for key, y in Run(base, model, changed).outputs.items():
-            if not tells_no_rows(key[0]):
-                channels = -1 if geometry[key[0]] is None else 1
-                moved[key].append((y != plain[key]).any(channels))
-    found: dict[str, int] = {}
-    for (name, call), seen in moved.items():
-        if tells_no_rows(name):
-            continue
-        y, ever = plain[name, call], torch.stack(seen).any(0)
-        if layout.role(name) == "list":  # filled up with copies of the last token, to be replaced
-            ever &= torch.arange(len(ever)) % layout.filled < layout.image_tokens
-        found[name] = max(found.get(name, 0), int(ever.sum()))
-        mean = 1 / len(every)
-        for pair, now in zip(pairs, seen, strict=True):
-            mask = torch.zeros(2, 1, layout.height, layout.width)
-            for row, (i, j) in enumerate(pair):
-                mask[row, 0, i, j] = 1
-            gates = Regions({1: mask}, layout, 2).gates(
-                name, y, geometry[name], row_layout(kind, name)
-            )
-            channels = -1 if geometry[name] is None else 1
-            assert bool((gates.select(channels, 0) == 1).all())  # the task without a mask
-            wanted = torch.where(ever, now.to(y.dtype), mean)
-            own = gates.select(channels, 1)
-            own = own.view(-1) if y.ndim == 2 else own
-            assert torch.allclose(own.expand_as(wanted), wanted, atol=1e-7), (name, call)
-            assert bool((own.expand_as(wanted)[ever] == now[ever]).all()), (name, call)
+    found: dict[str, int] = PLACES["compare"](
+        watched, layout, Regions, geometry, lambda name: row_layout(kind, name)
+    )
     return found
 
 
@@ -159,51 +95,104 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def test_every_layer_of_every_family(tiny: Any, name: str) -> None:
-    base = BASES[name]
-    model, x = unmixed(tiny(name)), rand(*base.latents)
+    base, model = BASES[name], tiny(name)
     layout = layout_of(model, base.latents[2:])
-    found = check(base, model, x, layout)
+    known = watched(base, model, rand(*base.latents))
+    found = check(model, known, layout)
     picture = {n for n, count in found.items() if count}
     assert embedding_of(model).name in picture
     if layout.kind == "transformer":  # a layer that sees the picture sees all of it
         assert {found[n] for n in picture} == {2 * layout.image_tokens}
-        shapes = Run(base, model, x).outputs
-        unseen = [n for n in found if n not in picture and shapes[n, 0].ndim > 2]
+        unseen = [n for (n, _), y in known.outputs().items() if not found[n] and y.ndim > 2]
         assert {layout.role(n) for n in unseen} <= {"mean"}  # so that their size never decides
 
 
-def test_one_mask_for_all_rows_is_a_mean_where_rows_cannot_be_told_apart(tiny: Any) -> None:
-    for name in ("hidream", "z_image"):
-        base = BASES[name]
-        model, x = tiny(name), rand(*base.latents)
-        layout = layout_of(model, base.latents[2:])
-        mask = torch.zeros(2, 1, 8, 12)
-        mask[..., :3] = 1
-        told = {n: y for (n, _), y in Run(base, model, x).outputs.items() if tells_no_rows(n)}
-        assert told
-        for layer, y in told.items():
-            assert Regions({0: mask[:1]}, layout, 1).gates(layer, y, None).tolist() == [[[0.25]]]
-            with pytest.raises(DiffScalerError, match="do not tell rows apart"):
-                Regions({0: mask}, layout, 1).gates(layer, y, None)
+@pytest.mark.parametrize("name", ["hidream", "z_image"])
+def test_one_mask_is_a_mean_where_rows_cannot_be_told_apart(tiny: Any, name: str) -> None:
+    base, model = BASES[name], tiny(name)
+    x, layout = rand(*base.latents), layout_of(model, base.latents[2:])
+    layers = {t.name: resolve(model, t.name) for t in all_targets(model) if tells_no_rows(t.name)}
+    told = PLACES["Watched"](layers, lambda change: base.run(model, change(x))).outputs()
+    mask = torch.zeros(2, 1, 8, 12)
+    mask[..., :3] = 1
+    assert told
+    for (layer, _), y in told.items():
+        assert Regions({0: mask[:1]}, layout, 1).gates(layer, y, None).tolist() == [[[0.25]]]
+        with pytest.raises(DiffScalerError, match="do not tell rows apart"):
+            Regions({0: mask}, layout, 1).gates(layer, y, None)
+
+
+def test_reference_pictures_get_the_mean(tiny: Any) -> None:
+    """As in Kontext: their tokens follow the picture's, and the text comes before both."""
+    model, context = tiny("flux"), CALLS["CONTEXT"]
+
+    def call(model: Any, x: Tensor) -> Tensor:
+        tokens = torch.cat([pack(x), rand(2, 6, 16)], dim=1)
+        return model(
+            hidden_states=tokens,
+            encoder_hidden_states=context,
+            pooled_projections=CALLS["POOLED"],
+            timestep=CALLS["STEP"],
+            img_ids=torch.zeros(tokens.shape[1], 3),
+            txt_ids=torch.zeros(context.shape[1], 3),
+        ).sample
+
+    known = watched(CALLS["Base"]("flux", call), model, rand(2, 4, 8, 12))
+    found = check(model, known, layout_of(model, (8, 12), text_lengths=(context.shape[1],)))
+    assert set(found.values()) == {0, 2 * 24}
+    with pytest.raises(AssertionError):  # nobody told how long the text is
+        check(model, known, layout_of(model, (8, 12)))
+
+
+def test_texts_of_their_own_length(tiny: Any) -> None:
+    """Lumina leaves hidden text tokens out, so each row's picture starts somewhere else."""
+    model, mask = tiny("lumina2"), CALLS["ONES"].clone()
+    mask[1, 3:] = 0
+    call = CALLS["by_trainer"]("lumina2", context=CALLS["CONTEXT"], mask=mask)
+    known = watched(CALLS["Base"]("lumina2", call), model, rand(2, 4, 8, 12))
+    check(model, known, layout_of(model, (8, 12), text_lengths=(5, 3)))
+    with pytest.raises(AssertionError):
+        check(model, known, layout_of(model, (8, 12), text_lengths=(5, 5)))
+
+
+def test_a_layout_for_another_size_is_one_clear_error(tiny: Any) -> None:
+    model, mask = tiny("flux"), torch.ones(1, 1, 4, 4)
+    regions = Regions({0: mask}, layout_of(model, (8, 8)), 1)
+    for layer, tokens in (("x_embedder", 15), ("single_transformer_blocks.0.proj_mlp", 12)):
+        message = rf"'{layer}' ran on {tokens} tokens a row, .* laid out for 1x4x4 image tokens"
+        with pytest.raises(DiffScalerError, match=message):
+            regions.gates(layer, torch.zeros(2, tokens, 32), None)
+
+
+def test_an_unknown_model_s_layers_see_the_picture_if_they_have_its_tokens() -> None:
+    model = nn.Linear(4, 4)
+    layout = layout_of(model, (3, 4, 6))
+    mask = torch.zeros(1, 1, 4, 6)
+    mask[..., :3] = 1
+    regions = Regions({0: mask}, layout, 1)
+    tokens = regions.gates("layer", torch.zeros(2, 72, 5), None)
+    assert tokens[0, :, 0].tolist() == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0] * 12
+    assert regions.gates("layer", torch.zeros(2, 80, 5), None).tolist() == [[[0.5]]]
 
 
 @pytest.mark.parametrize("name", AS_LONG_AS_TEXT)
 def test_a_text_as_long_as_the_picture_is_still_text(tiny: Any, name: str) -> None:
-    base, latents = BASES[name], AS_LONG_AS_TEXT[name]
-    model = unmixed(tiny(name))
+    base, latents, model = BASES[name], AS_LONG_AS_TEXT[name], tiny(name)
     layout = layout_of(model, latents[2:])
-    found = check(base, model, rand(*latents), layout)
-    shapes = Run(base, model, rand(*latents)).outputs
-    alike = {n for (n, _), y in shapes.items() if y.ndim == 3 and not found.get(n, 1)}
-    assert any(shapes[n, 0].shape[1] == layout.image_tokens for n in alike)
+    known = watched(base, model, rand(*latents))
+    found = check(model, known, layout)
+    texts = [y for (n, _), y in known.outputs().items() if not found[n] and y.ndim == 3]
+    assert layout.image_tokens in [y.shape[1] for y in texts]
 
 
 @pytest.mark.parametrize("name", [n for n in BASES if n in FAMILIES and FAMILIES[n].text])
 def test_a_table_of_another_order_would_be_noticed(tiny: Any, name: str) -> None:
-    base = BASES[name]
-    model, x = unmixed(tiny(name)), rand(*base.latents)
+    base, model = BASES[name], tiny(name)
     layout = layout_of(model, base.latents[2:])
     other = {"first": "last", "last": "first"}[layout.text]
-    wrong = dataclasses.replace(layout, text=other)
     with pytest.raises(AssertionError):
-        check(base, model, x, wrong)
+        check(
+            model,
+            watched(base, model, rand(*base.latents)),
+            dataclasses.replace(layout, text=other),
+        )

@@ -385,6 +385,22 @@ def test_a_scheduler_whose_time_nobody_knows_is_named(cases):
     case.run(pipe)
 
 
+@pytest.mark.parametrize("kind", [d.IPNDMScheduler, d.ScoreSdeVeScheduler, d.KarrasVeScheduler])
+def test_no_percent_is_made_up_for_times_that_mean_something_else(sd3_case, kind):
+    pipe, _ = loaded(sd3_case, "a")
+    pipe.set_diffscaler("a", schedules=RISING)
+    pipe.scheduler = kind()
+    pipe.scheduler.set_timesteps(4)
+    inputs = sd3_case.inputs(1)
+    with pytest.raises(DiffScalerError, match=f"in sampling a {kind.__name__} is"):
+        pipe.transformer(
+            torch.randn(1, 4, 8, 8),
+            inputs["prompt_embeds"],
+            inputs["pooled_prompt_embeds"],
+            torch.ones(1),
+        )
+
+
 def test_without_a_schedule_no_call_is_looked_at(sd3_case, monkeypatch):
     pipe, seen = loaded(sd3_case, "a")
     state = pipe.transformer._diffscaler
