@@ -30,6 +30,8 @@ TASKS, RATE = 10_000, 1_000.0
 SKEWS = (0.9, 1.1)
 #: The promise: 95 % of the pictures within this many times a full mixed batch.
 PROMISE = 3.0
+#: The promise must hold under this much of the load, so that a busy minute does not break it.
+HEADROOM = 1.1
 #: Not measured: one data-centre GPU, a model of 0.7 B parameters, 20 steps. Put your own here.
 ASSUMED = Service(fixed=0.8, per_row=0.1, per_task=0.002, load=0.02, overhead=0.02)
 ASSUMED_BYTES = 14_000_000
@@ -42,7 +44,7 @@ POLICIES = {
 
 
 class Need(NamedTuple):
-    """The smallest number of replicas that keep the promise, and how they then fare."""
+    """The smallest number of replicas that keep the promise, and how they fare at RATE."""
 
     replicas: int
     outcome: Outcome
@@ -55,36 +57,33 @@ def zipf(skew: float, tasks: int = TASKS) -> np.ndarray:
 
 
 def run(installation: Installation, skew: float, rate: float = RATE) -> Outcome:
-    """Simulates 8 full batches of warm-up and 20 that count."""
+    """Simulates 6 full batches of warm-up and 18 that count."""
     full = installation.service.seconds(8, 8)
-    times = poisson(rate, 28 * full, seed=1)
-    end = {"seconds": 28 * full, "warm": 8 * full, "patient": 2 * PROMISE}
+    times = poisson(rate, 24 * full, seed=1)
+    end = {"seconds": 24 * full, "warm": 6 * full, "patient": 2 * PROMISE}
     return simulate(installation, zipf(skew), times, **end, seed=2)
 
 
 def need(installation: Installation, skew: float) -> Need | None:
-    """Searches the number of replicas, to 2 %; the given one does not matter. None: no number."""
+    """Searches the number of replicas, to 3 %; the given one does not matter. None: none found."""
     service = installation.service
     promise = PROMISE * service.seconds(8, 8)
 
-    def enough(replicas: int) -> Outcome | None:
-        outcome = run(replace(installation, replicas=replicas), skew)
-        return outcome if outcome.percentile(95) <= promise else None
+    def enough(replicas: int) -> bool:
+        busier = run(replace(installation, replicas=replicas), skew, HEADROOM * RATE)
+        return busier.percentile(95) <= promise
 
     low = int(RATE * service.seconds(installation.rows, 1) / installation.rows * 0.9)
     most = int(3 * RATE * service.seconds(1, 1, 1))
-    high, best = low, None
-    while best is None:
+    high = max(low, 1)
+    while not enough(high):
         if high >= most:
             return None
         low, high = high, min(int(high * 1.4) + 1, most)
-        best = enough(high)
-    while high - low > max(1, 0.02 * high):
+    while high - low > max(1, 0.03 * high):
         middle = (low + high) // 2
-        outcome = enough(middle)
-        low, high = (low, middle) if outcome else (middle, high)
-        best = outcome or best
-    return Need(high, best)
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return Need(high, run(replace(installation, replicas=high), skew))
 
 
 def check(blocks: Sequence[Block], services: dict[int, Service], stored: dict[str, Any]) -> str:
@@ -158,7 +157,6 @@ def sensitivity(pool: ProcessPoolExecutor, base: Installation) -> str:
     changes: dict[str, dict[str, Any]] = {
         "as above": {},
         "bank of 16 tasks": {"slots": 16},
-        "bank of 256 tasks": {"slots": 256},
         "bank of 1,024 tasks": {"slots": 1024},
         "loading a task takes 10 times as long": {
             "service": replace(service, load=10 * service.load)
@@ -193,14 +191,15 @@ def draw(pool: ProcessPoolExecutor, base: Installation, path: Path) -> None:
     colours = dict(zip(POLICIES, ("#1f77b4", "#17408b", "#ff7f0e", "#b34700"), strict=True))
     service = base.service
     least = RATE * service.seconds(8, 6) / 8
-    counts = [int(least * x) for x in np.geomspace(0.9, 3.5, 9)]
+    counts = [int(least * x) for x in np.geomspace(0.9, 6, 10)]
     for policy, (mixed, affinity) in POLICIES.items():
         own = [replace(base, replicas=n, mixed=mixed, affinity=affinity) for n in counts]
         tails = [o.percentile(95) for o in pool.map(run, own, [SKEWS[1]] * len(own))]
         left.plot(counts, tails, "o-", label=policy, color=colours[policy], markersize=3)
     left.axhline(PROMISE * service.seconds(8, 8), color="grey", linestyle=":", label="promised")
-    left.set(xlabel="replicas", ylabel="p95, seconds", yscale="log")
-    left.set_title(f"1,000 requests/s, 10,000 tasks, Zipf {SKEWS[1]}")
+    left.set(xlabel="replicas", ylabel="p95, seconds", yscale="log", ylim=(1, 40))
+    left.set_yticks([1, 2, 5, 10, 20, 40], list("125") + ["10", "20", "40"])
+    left.set_title(f"1,000 requests/s, 10,000 tasks, Zipf {SKEWS[1]}, GPU assumed")
     sizes = [16, 32, 64, 128, 256, 512, 1024]
     for skew, style in zip(SKEWS, ("--", "-"), strict=True):
         for policy in ("mixed, spread", "mixed, affinity"):
@@ -228,9 +227,11 @@ def draw(pool: ProcessPoolExecutor, base: Installation, path: Path) -> None:
             saved.append(one / mixed)
         right.plot(shares, saved, "o-", label=routing, color=colours[f"mixed, {routing}"])
     right.set(xlabel="a call's fixed time / a row's time", xscale="log", ylim=(0, None))
+    right.set_xticks(shares, list(map(str, shares)))
     right.set_ylabel("replicas, one task per batch / mixed")
     right.set_title("what mixing saves")
     for axes in (left, middle, right):
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.tight_layout()

@@ -232,7 +232,11 @@ class _Simulation:
         latencies = np.array([self.done[i] - self.sent[i] for i in counted])
         ends = np.array(list(self.done.values()))
         batches = [b for b in self.batches if warm <= b[0] <= seconds]
-        rows, tasks, misses, busy = (sum(b[i] for b in batches) for i in range(1, 5))
+        rows, tasks, misses = (sum(batch[i] for batch in batches) for i in range(1, 4))
+        busy = sum(
+            max(min(start + long, seconds) - max(start, warm), 0.0)
+            for start, *_, long in self.batches
+        )
         return Outcome(
             latencies,
             float(((ends > warm) & (ends <= seconds)).sum() / (seconds - warm)),

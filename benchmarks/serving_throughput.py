@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_worker_niceness", "0")  # 15 is Ray's: the load would come before it
 
 import numpy as np
 from serving_load import Batch, Block, closed, opened, poisson

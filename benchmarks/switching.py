@@ -7,7 +7,7 @@ SD3's architecture with random weights at three sizes (9, 17 and 24 blocks of as
 last is SD3-medium's), every Linear of every block adapted. In diffusers ours beside `set_adapters`
 of the same model; in ComfyUI ours beside its LoRA loader, each up to where the sampler would call
 the model. Work put off until that call counts too: a switch is the time of the change, plus that of
-a call of every adapted layer right after it, less that of the next such call. In these calls a
+a call of every adapted layer right after it, less that of a usual such call. In these calls a
 layer's own product is a ready answer, so that they cost what the adapters cost. Memory is what
 torch's allocator gives out, in a switch at its peak and for two adapters read and attached. Ways
 take turns in random order; medians count. Prints Markdown tables for RESULTS.md.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import gc
 import random
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -41,12 +42,11 @@ MEMORY = 2.3
 
 def time_switches(ways: Sequence[Way], rounds: int, device: str) -> None:
     """Measures every way's switches; memory and operators once each."""
-    changes = {way.name: way.changes() for way in ways}
     for turn in range(rounds + 1):
         for way in random.sample(list(ways), len(ways)):
             way.task(0)  # from another way's model to this one's
             way.layers()
-            for kind, switches in changes[way.name].items():
+            for kind, switches in way.changes().items():
                 if not turn:
                     count(way, kind, switches, device)
                     continue
@@ -54,7 +54,8 @@ def time_switches(ways: Sequence[Way], rounds: int, device: str) -> None:
                 while left > 0:  # once, if it is slow
                     change = measure(next(switches), device)
                     first, again = measure(way.layers, device), measure(way.layers, device)
-                    way.seconds.setdefault(kind, []).append(change + first - again)
+                    way.seconds.setdefault(kind, []).append(change + first)
+                    way.ordinary.append(again)
                     left -= change + first + again
 
 
@@ -65,8 +66,7 @@ def count(way: Way, kind: str, switches: Iterator[Callable[[], object]], device:
         next(switches)()
         way.layers()
 
-    switch()
-    way.peak[kind] = allocated(switch, device).peak
+    way.peak[kind] = allocated(switch, device, before=switch).peak
     next(switches)()
     way.more[kind] = operators(way.model) - operators(way.model)
 
@@ -96,7 +96,8 @@ def rows(size: str, ways: Sequence[Way]) -> str:
     for way in ways:
         cells = []
         for kind in ("strength", "task"):
-            low, median, high = quartiles(way.seconds[kind])
+            usual = statistics.median(way.ordinary)
+            low, median, high = quartiles([seconds - usual for seconds in way.seconds[kind]])
             cells.append(f"{1000 * median:.2f} ({1000 * low:.2f}–{1000 * high:.2f})")
         more = max(way.more.values())
         mebibytes = (max(way.peak.values()), way.held, way.adapter)

@@ -35,7 +35,8 @@ class Way:
         held: Bytes that two adapters, attached, take beside the base's weights.
         adapter: Bytes of one adapter.
         peak: Bytes a switch takes, at most.
-        seconds: Kind of switch -> times measured.
+        seconds: Kind of switch -> times measured, of it and the call of the layers after it.
+        ordinary: Times of such calls without a switch before.
         more: Kind of switch -> operators that the model's next call runs more than the one after.
     """
 
@@ -48,6 +49,7 @@ class Way:
     adapter: int
     peak: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    ordinary: list[float] = field(default_factory=list)
     more: dict[str, int] = field(default_factory=dict)
 
     def changes(self) -> dict[str, Iterator[Callable[[], object]]]:

@@ -199,7 +199,7 @@ def application(args: argparse.Namespace) -> serve.Application:
     scaling = AutoscalingConfig(
         min_replicas=args.min_replicas,
         max_replicas=args.max_replicas,
-        target_ongoing_requests=2 * args.rows,
+        target_ongoing_requests=1.5 * args.rows,
         upscale_delay_s=10,
         downscale_delay_s=120,
     )
@@ -211,7 +211,8 @@ def application(args: argparse.Namespace) -> serve.Application:
         )
     painters = Painters.options(
         autoscaling_config=scaling,
-        max_ongoing_requests=4 * args.rows,
+        # with affinity this is when a task's home is full and its neighbours take over
+        max_ongoing_requests=(2 if args.affinity else 4) * args.rows,
         max_queued_requests=args.most_waiting,
         request_router_config=routing,
         health_check_period_s=10,
@@ -221,7 +222,11 @@ def application(args: argparse.Namespace) -> serve.Application:
             "num_gpus": float(args.device.startswith("cuda")),
         },
     )
-    api = Api.options(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
+    api = Api.options(
+        num_replicas=args.api_replicas,
+        max_ongoing_requests=1000,
+        ray_actor_options={"num_cpus": 0},
+    )
     base = Path(args.base)
     return api.bind(
         painters.bind(
@@ -241,8 +246,9 @@ def application(args: argparse.Namespace) -> serve.Application:
 
 
 def build(options: dict[str, str]) -> serve.Application:
-    """For `serve run serve_ray:build device=cuda` and config files: the options as a mapping."""
-    return application(arguments([f"--{name}={value}" for name, value in options.items()]))
+    """For `serve run serve_ray:build device=cuda affinity=true` and Ray's config files."""
+    flags = [f"--{n}" if v == "true" else f"--{n}={v}" for n, v in options.items()]
+    return application(arguments(flags))
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -262,6 +268,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--most-waiting", type=int, default=200, help="requests waiting for a replica, then 503")
     add("--min-replicas", type=int, default=1)
     add("--max-replicas", type=int, default=1)
+    add("--api-replicas", type=int, default=1, help="processes that read requests")
     add("--cpus", type=float, default=1, help="CPU cores of a replica")
     add("--affinity", action="store_true", help="send a task where it is loaded already")
     add("--address", help="of a running Ray cluster; default: start one here")
