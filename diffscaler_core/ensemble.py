@@ -179,6 +179,11 @@ class Ensemble:
         self._is_measured = True
 
     @property
+    def arranged_bytes(self) -> int:
+        """Bytes of the arrangements that are kept, roughly and at once: to see them change."""
+        return sum(own.nbytes for own in self._arranged.values())
+
+    @property
     def computed_bytes(self) -> int:
         """Bytes held beside the parameters."""
         return self.bytes_of(self._layers)
@@ -219,7 +224,7 @@ class Ensemble:
 
     def _evict(self) -> None:
         """Drops arrangements that were used longest ago, and vectors that none needs any more."""
-        held = sum(own.nbytes for own in self._arranged.values())
+        held = self.arranged_bytes
         while len(self._arranged) > (2 if held > _KEPT_BYTES else _KEPT):
             held -= self._arranged.popitem(last=False)[1].nbytes
         arrangements = (*self._arranged.values(), *self._compiled.values())

@@ -46,6 +46,9 @@ class TaskParameters(nn.Module):
         info: The task's facts (activation, gain, …).
         controls: Patch embedding of the model -> tensors of its control affiner.
         control_facts: `TaskAdapter.control_facts`.
+
+    Attributes:
+        held_bytes: What ComfyUI was told last that they hold, with all that was computed from them.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class TaskParameters(nn.Module):
                 for part, parameter in affiner.tensors().items():
                     name = f"{prefix}{layer.replace('.', '/')}/{part}"
                     self.register_parameter(name, parameter)
+        self.held_bytes = 0
         self.idle = frozenset(n for n, a in self.affiners.items() if _does_nothing(a))
         weakref.finalize(self, _close_all, self.carriers).atexit = False
 
@@ -152,6 +156,7 @@ class Carrier:
         self._remembered: dict[Hashable, Control] = {}
         self._weights: Tensor | None = None
         self._grouped = False
+        self._held = 0
         self._place: tuple[torch.device, torch.dtype] | None = None
         self._unchecked = check
         self.closed = False
@@ -187,7 +192,7 @@ class Carrier:
         )
 
     def prepare(self, weights: Tensor, device: torch.device, dtype: torch.dtype) -> bool:
-        """Puts strengths in force and computes what follows; says whether it had to start anew.
+        """Puts strengths in force and computes what follows; says whether other bytes are held.
 
         Args:
             weights: (K, 3) for the whole batch or (B, K, 3) for rows, on the CPU.
@@ -196,11 +201,11 @@ class Carrier:
         """
         if self._weights is None or not torch.equal(self._weights, weights):
             self._put(weights)
-        if self._place == (device, dtype):
-            return False
-        self._ensemble.settle(device, dtype)
-        self._place = (device, dtype)
-        return True
+        if self._place != (device, dtype):
+            self._ensemble.settle(device, dtype)
+            self._place = (device, dtype)
+        before, self._held = self._held, self._ensemble.arranged_bytes
+        return before != self._held
 
     def set_groups(self, groups: Sequence[int] | None) -> None:
         """Makes each of len(groups) equal parts of the batch run one task alone, at strength 1.
@@ -273,7 +278,7 @@ class Carrier:
         """Drops what was computed; the next call computes it again."""
         for stack in self._all_stacks():
             stack.unsettle()
-        self._place = None
+        self._place, self._held = None, 0
 
     def close(self) -> None:
         """Lets go of everything, because a task is gone."""

@@ -14,9 +14,6 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import comfy.model_management
-import comfy.model_patcher
-import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor, nn
@@ -24,13 +21,13 @@ from torch import Tensor, nn
 from ..diffscaler_core import DiffScalerError, TaskAdapter
 from ..diffscaler_core.control import Control
 from .call_regions import CallRegions
-from .carrier import Carrier, TaskParameters, is_running
-from .control_checks import check_embedding, check_vae, control_kind
+from .carrier import Carrier, is_running
+from .control_checks import check_vae, control_kind
 from .control_conds import PREFIX, ControlPicture, ControlRows, placed_conds
 from .entries import Entry, factors_of, weights_at
-from .keymap import native_controls, native_layers
 from .region_mask import RegionMask
 from .row_conds import ROUTE, Route, placed_rows
+from .task_memory import account, patcher_of
 
 KEY = "diffscaler"
 #: Combinations of tasks kept ready per model object.
@@ -38,9 +35,6 @@ _KEPT = 8
 #: What a control is computed from, of its patch embedding.
 _EMBEDDING = ("weight", "bias")
 
-_patchers: weakref.WeakKeyDictionary[TaskAdapter, dict[Any, ModelPatcher]] = (
-    weakref.WeakKeyDictionary()
-)
 _carriers: weakref.WeakKeyDictionary[nn.Module, OrderedDict[Any, Carrier]] = (
     weakref.WeakKeyDictionary()
 )
@@ -162,7 +156,7 @@ def _applied(
     """Returns a clone with one `Entry` more, made of these facts."""
     if not task.components:
         return model
-    patcher = _patcher_of(task, model, component)
+    patcher = patcher_of(task, model, component)
     entry = Entry(task, patcher.model, strengths, **facts)
     clone = model.clone()
     if not clone.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
@@ -225,8 +219,8 @@ class _Wrapper:
         here = [i for i, e in enumerate(entries) if e.control is None or e.control in controls]
         entries, weights = [entries[i] for i in here], weights[..., here, :]
         carrier = _carrier(model, entries)
-        if carrier.prepare(weights, x.device, model.get_dtype_inference()):
-            _account(model, entries)
+        changed = carrier.prepare(weights, x.device, model.get_dtype_inference())
+        account([entry.parameters for entry in entries], changed)
         compiled, references = is_compiled(model, options), len(kwargs.get("ref_latents") or ())
         given = _given(entries, weights, controls, carrier)
         if given:
@@ -327,76 +321,6 @@ def _carrier(model: Any, entries: Sequence[Entry]) -> Carrier:
             kept.pop(old, None)
     kept.move_to_end(key)
     return carrier
-
-
-def _patcher_of(task: TaskAdapter, model: ModelPatcher, component: str | None) -> ModelPatcher:
-    """Returns what ComfyUI's memory management knows the task by, the same for all models alike.
-
-    Raises:
-        MismatchError: The task does not fit this model.
-    """
-    if component is None and len(task.components) == 1:
-        component = task.components[0]
-    layers = native_layers(task, model.model, component)
-    controls = native_controls(task, model.model, component)
-    if task.is_control:
-        check_embedding(task, model.model, controls)
-    held = (*layers.items(), *controls.items())
-    shapes = tuple((name, tuple(t.shape)) for name, own in held for t in own.values())
-    place = (model.model.get_dtype_inference().itemsize, model.load_device, model.offload_device)
-    known = _known_of(task)
-    if (shapes, place) not in known:
-        parameters = TaskParameters(layers, task.info, controls, task.control_facts)
-        known[shapes, place] = _new_patcher(parameters, *place)
-    return known[shapes, place]
-
-
-def _known_of(task: TaskAdapter) -> dict[Any, ModelPatcher]:
-    """Returns the patchers of a task; with other schedules it is the same parameters."""
-    if task not in _patchers:
-        known = list(_patchers.items())
-        _patchers[task] = next((own for other, own in known if _is_alike(other, task)), {})
-    return _patchers[task]
-
-
-def _is_alike(one: TaskAdapter, other: TaskAdapter) -> bool:
-    if one.info != other.info or len(one.tensors) != len(other.tensors):
-        return False
-    return all(a is b for a, b in zip(one.tensors, other.tensors, strict=True))
-
-
-def _new_patcher(
-    parameters: TaskParameters,
-    itemsize: int,
-    load_device: torch.device,
-    offload_device: torch.device,
-    disable_dynamic: bool = False,
-) -> ModelPatcher:
-    """Makes a patcher that counts the parameters, and what one model will compute from them."""
-    kind = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
-    computed = itemsize * sum(p.numel() for p in parameters.parameters())
-    patcher = kind(parameters, load_device, offload_device, size=parameters.nbytes + computed)
-    again = (parameters, itemsize, load_device, offload_device)
-    patcher.cached_patcher_init = (_copied_patcher, again)
-    return patcher
-
-
-def _copied_patcher(parameters: TaskParameters, *args: Any, **kwargs: Any) -> ModelPatcher:
-    """Makes a patcher round a copy, which a second GPU's clone of the model brings along."""
-    return _new_patcher(parameters.copy(), *args, **kwargs)
-
-
-def _account(model: Any, entries: Sequence[Entry]) -> None:
-    """Tells ComfyUI what the tasks hold now: parameters, and what was computed from them."""
-    own = model.current_patcher
-    patchers = [] if own is None else own.get_additional_models_with_key(KEY)
-    for parameters in {entry.parameters for entry in entries}:
-        held = parameters.nbytes + parameters.folded_bytes
-        for patcher in patchers:
-            if patcher.model is parameters:
-                patcher.size = held
-        if getattr(parameters, "model_loaded_weight_memory", 0):
-            parameters.model_loaded_weight_memory = held
 
 
 def _per_part(strength: float | Mapping[str, float]) -> tuple[float, float, float]:

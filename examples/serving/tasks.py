@@ -38,6 +38,11 @@ class TaskFolder:
         """The tasks on the pipeline, the one used longest ago first."""
         return self._bank.at_hand
 
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the tasks on the pipeline."""
+        return self._bank.device_bytes_held
+
     def prefetch(self, names: Sequence[str]) -> None:
         """Reads tasks into memory, beside a batch under way; from any thread.
 

@@ -226,3 +226,16 @@ def test_a_changed_parameter_reaches_compiled_code_at_the_next_strength(model, x
         )
         assert backend.graphs == 1
     torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_rows_of_a_convolution_run_no_other_rows_task(model, x):
+    tasks = {
+        n: filled(new_task(model, rank=2, targets="all", name=n), i) for i, n in enumerate("ab")
+    }
+    assert "transformer.embed" in tasks["a"].layers
+    with attach(model, tasks) as a:
+        a.set_rows(["a", "b", "a"])  # every strength is 1, and still not every row runs every task
+        got = model(x)
+    for i, name in enumerate("aba"):
+        assert close(got[i], wanted(model, tasks, {name: 1.0})(x)[i])
