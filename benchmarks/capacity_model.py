@@ -1,4 +1,4 @@
-"""A model of examples/serve_ray.py at any size: what a batch takes, and a simulation of the queues.
+"""A model of docs/examples/serve_ray.py at any size: what a batch takes, and a simulation of the queues.
 
 The simulation follows single requests through single events, on a heap. simpy was weighed: well
 kept, but its resources know no batch that forms while the server is busy, so that most of this file
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from serving_load import Block
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "docs" / "examples"))
 from serving.batching import next_batch
 
 

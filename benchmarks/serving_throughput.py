@@ -1,4 +1,4 @@
-"""How fast examples/serve_ray.py serves 16 tasks: mixed batches against one task per batch.
+"""How fast docs/examples/serve_ray.py serves 16 tasks: mixed batches against one task per batch.
 
     python benchmarks/serving_throughput.py  # 2 CPU cores, under 3 minutes
 
@@ -36,7 +36,7 @@ from serving_load import Batch, Block, closed, opened, poisson
 from diffscaler_core import load_task, save_task, scale_task
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES, POCKET = ROOT / "examples", ROOT / "assets" / "pocket"
+EXAMPLES, POCKET = ROOT / "docs" / "examples", ROOT / "assets" / "pocket"
 TASKS, ROWS, STEPS = 16, 8, 8
 SIDES = (64, 128)
 STYLES = ("ink", "neon", "fruits", "smileys")

@@ -165,8 +165,9 @@ def apply_form(
     row_repeats: int = 1,
     masked: bool = True,
     hidden: Tensor | None = None,
+    owned: bool = False,
 ) -> Tensor:
-    """Returns y + Σ wₖ Δₖ(x, y), in y's dtype and shape; y itself is never modified.
+    """Returns y + Σ wₖ Δₖ(x, y), in y's dtype and shape; y itself is modified only if `owned`.
 
     Args:
         x: The layer's input, (…, C_in) or (B, C_in, *size); with rows, each row's entries together.
@@ -176,6 +177,8 @@ def apply_form(
         row_repeats: For a convolution with rows: how many leading entries of y belong to one row.
         masked: False: every strength of a hidden unit is 1, so that none need be multiplied.
         hidden: Of a Linear, act(D x), should it be known (`kin.py`); it may be changed.
+        owned: Nobody else holds y, so that it may hold the result: a large tensor less to allocate,
+            which costs more than the sum itself.
     """
     if geometry is not None:
         return _apply_convolution(x, y, form, geometry, row_repeats, masked)
@@ -189,16 +192,57 @@ def apply_form(
     if hidden is None:
         hidden = _hidden(x.to(y.device, y.dtype), form)
     mask = form.mask if masked else None
-    if form.chosen is None:
-        correction = F.linear(_masked(hidden, mask), form.up, offset)
-    else:
-        hidden = _masked(hidden, None if mask is None else mask.unsqueeze(1))
-        up = gathered(form.up, form)
+    mask = mask.unsqueeze(1) if mask is not None and form.chosen is not None else mask
+    hidden = _masked(hidden, mask)
+    owned = owned and _may_change(y) and (torch.is_inference_mode_enabled() or not y.is_inference())
+    return _plus_subspace(own, gain, offset, hidden, form, owned).reshape(y.shape)
+
+
+def _plus_subspace(
+    y: Tensor,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    hidden: Tensor,
+    form: Form,
+    owned: bool,
+) -> Tensor:
+    """Returns a Linear's output with scale, shift and U times the hidden units.
+
+    U's product is added to what scale and shift made of y: a pass over the output less than adding
+    them to it, and torch would write the offset out in full to add a product to it.
+
+    Args:
+        y: (…, C_out), or (B, N, C_out) where gathered.
+        gain: As in `Form`, to be broadcast.
+        offset: As in `Form`, to be broadcast.
+        hidden: w act(D x), (…, R), or (B, N, M·R).
+        form: The form.
+        owned: y may hold the result.
+    """
+    assert form.up is not None
+    # in 16 bits the gain is not 1 + a, as that would round a small a away: Δ comes first, by itself
+    is_delta = gain is not None and y.dtype not in WIDE
+    start, room = y, y if owned and not is_delta else None
+    if gain is not None:
         if offset is None:
-            correction = torch.bmm(hidden, up)
+            start = torch.mul(y, gain, out=room)
         else:
-            correction = torch.baddbmm(offset, hidden, up)
-    return _sum(own, gain, correction, fresh=True).reshape(y.shape)
+            start = torch.addcmul(offset, y, gain, out=room)
+    elif offset is not None:
+        start = torch.add(y, offset, out=room)
+    shape, dtype = start.shape, start.dtype
+    is_own = owned or (start is not y and _may_change(start))
+    if form.chosen is None:
+        up = form.up.T
+        start, hidden = start.reshape(-1, shape[-1]), hidden.reshape(-1, up.shape[0]).to(dtype)
+        total = start.addmm_(hidden, up) if is_own else torch.addmm(start, hidden, up)
+    else:
+        up, hidden = gathered(form.up, form), hidden.to(dtype)
+        total = start.baddbmm_(hidden, up) if is_own else torch.baddbmm(start, hidden, up)
+    total = total.to(dtype).view(shape)
+    if not is_delta:
+        return total
+    return total.add_(y) if is_own else total + y
 
 
 def product_of(x: Tensor, form: Form) -> Tensor:

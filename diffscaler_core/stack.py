@@ -133,8 +133,13 @@ class AffinerStack(nn.Module):
             del self.layer.affiners[slot]
             self.unsettle()
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Returns y + Σ wₖ Δₖ(x, y), shaped like y; y itself is never modified.
+    def forward(self, x: Tensor, y: Tensor, owned: bool = False) -> Tensor:
+        """Returns y + Σ wₖ Δₖ(x, y), shaped like y.
+
+        Args:
+            x: The layer's input.
+            y: The layer's output; not modified unless `owned`.
+            owned: Nobody else holds y, so that it may hold the result.
 
         Raises:
             DiffScalerError: Rows or groups are set, and the layer's leading dimension does not fit.
@@ -167,7 +172,7 @@ class AffinerStack(nn.Module):
         if self.geometry is None and serves(x, y, ready.form):
             product = product_of(x.to(*place), ready.form) if hidden is None else hidden
             return finish(product, y, ready.form, not now.plain)
-        return apply_form(x, y, ready.form, self.geometry, repeats, not now.plain, hidden)
+        return apply_form(x, y, ready.form, self.geometry, repeats, not now.plain, hidden, owned)
 
     def _question(self, y: Tensor, repeats: int) -> Question:
         place = (y.device, y.dtype)

@@ -359,7 +359,8 @@ def _override(
         y = original(*args, **kwargs)
         if stack is None:
             return y
-        return stack(args[0] if args else kwargs["input"], y)  # type: ignore[no-any-return]
+        x = args[0] if args else kwargs["input"]
+        return stack(x, y, True)  # type: ignore[no-any-return]
 
     if control is None:
         return adapted

@@ -19,7 +19,7 @@ def model() -> Iterator[SimpleNamespace]:
     pytest.importorskip("aiohttp")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
-        patch.syspath_prepend(ROOT / "examples")
+        patch.syspath_prepend(ROOT / "docs" / "examples")
         names = vars(import_module("capacity_model")) | vars(import_module("serving_load"))
         yield SimpleNamespace(**names)
 

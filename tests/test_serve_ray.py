@@ -1,4 +1,4 @@
-"""examples/serve_ray.py: a real Ray Serve with two replicas of the pocket base, over HTTP."""
+"""docs/examples/serve_ray.py: a real Ray Serve with two replicas of the pocket base, over HTTP."""
 
 import io
 import json
@@ -160,7 +160,7 @@ def check_metrics(port: int) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in Ray's own use of pydantic
 def test_options_come_from_a_config_file_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(ROOT / "docs" / "examples")
     build = import_module("serve_ray").build
     assert (
         type(build({"device": "cuda", "affinity": "true", "rows": "4"})).__name__ == "Application"
@@ -186,7 +186,7 @@ def test_the_server(tmp_path: Path) -> None:
             "RAY_worker_niceness": "0",  # at Ray's 15 it would starve beside other tests
         }
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "examples/serve_ray.py"), *options, *where],
+            [sys.executable, str(ROOT / "docs/examples/serve_ray.py"), *options, *where],
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, **own},

@@ -1,4 +1,4 @@
-"""examples/serving: which requests share a batch, and what a batch draws. All of it without Ray."""
+"""docs/examples/serving: which requests share a batch, and what a batch draws. All of it without Ray."""
 
 import asyncio
 import shutil
@@ -29,10 +29,10 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def serving() -> Iterator[SimpleNamespace]:
-    """The modules of examples/serving, as the server imports them."""
+    """The modules of docs/examples/serving, as the server imports them."""
     sys.modules["comfy_launch"].prepare()  # before diffusers: see tests/diffusers/conftest.py
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "examples")
+        patch.syspath_prepend(ROOT / "docs" / "examples")
         names = ("batching", "painter", "requests", "tasks")
         yield SimpleNamespace(**{name: import_module(f"serving.{name}") for name in names})
 

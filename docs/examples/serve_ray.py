@@ -1,10 +1,10 @@
 """Serves many tasks on one base with Ray Serve: requests for different tasks share a batch.
 
     pip install "diffscaler[serve,diffusers]"
-    python examples/serve_ray.py                       # the pocket base and its tasks, on the CPU
+    python docs/examples/serve_ray.py                       # the pocket base and its tasks, on the CPU
     curl -s localhost:8000/v1/pictures --json '{"prompt": "cat", "task": "ink"}' -o cat.png
 
-    python examples/serve_ray.py --base stabilityai/stable-diffusion-3.5-medium --tasks my_tasks \
+    python docs/examples/serve_ray.py --base stabilityai/stable-diffusion-3.5-medium --tasks my_tasks \
         --device cuda --dtype bfloat16 --max-replicas 8 --affinity
 
 HTTP: POST /v1/pictures (JSON in, PNG out), GET /v1/tasks, GET /-/healthz. `--address auto` joins a
@@ -42,7 +42,7 @@ from ray.serve.metrics import Counter, Histogram
 from serving.batching import Batcher
 from serving.requests import Facts, PictureRequest, RequestError, tasks_of
 
-POCKET = Path(__file__).resolve().parent.parent / "assets" / "pocket"
+POCKET = Path(__file__).resolve().parents[2] / "assets" / "pocket"
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 #: Bytes of Ray's object store here: pictures pass through it one at a time.
 OBJECT_STORE = 100 * 2**20
