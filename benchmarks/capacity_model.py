@@ -1,4 +1,4 @@
-"""A model of docs/examples/serve_ray.py at any size: what a batch takes, and a simulation of the queues.
+"""A model of the serving example at any size: what a batch takes, and a simulation of the queues.
 
 The simulation follows single requests through single events, on a heap. simpy was weighed: well
 kept, but its resources know no batch that forms while the server is busy, so that most of this file

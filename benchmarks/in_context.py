@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from diffscaler_core import DiffScalerError, TaskAdapter, new_task
 from diffscaler_core.affiner import PARTS
+from diffscaler_core.ensemble import Ensemble
 from diffscaler_core.matching import build_stacks, match_layers
 from diffscaler_core.scales import ScaleWatch
 from diffscaler_core.siblings import Siblings
@@ -374,10 +375,10 @@ def _stacks(model: nn.Module, task: TaskAdapter) -> dict[str, AffinerStack]:
     layers = {task.name: task.component_layers("transformer")}
     modules = match_layers(model, {task.name: task}, layers)
     stacks = build_stacks({task.name: task}, layers, modules, type(model).__name__)
-    siblings, watch = Siblings(), ScaleWatch()
+    shared = Ensemble(), Siblings(), ScaleWatch()
     device = next(model.parameters()).device
     for stack in stacks.values():
-        stack.join(siblings, watch)
+        stack.join(*shared)
         stack.set_weights(torch.ones(1, len(PARTS)))
         stack.to(device).requires_grad_()
     return stacks

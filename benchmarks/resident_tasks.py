@@ -170,7 +170,7 @@ def tensor_bytes() -> int:
     """Returns the bytes of all tensors that Python knows, each storage once."""
     held = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.layout == torch.strided:
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.layout == torch.strided:
             storage = thing.untyped_storage()
             held[storage.data_ptr()] = storage.nbytes()
     return sum(held.values())

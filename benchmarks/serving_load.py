@@ -1,4 +1,4 @@
-"""A load generator for docs/examples/serve_ray.py: closed loop for the most it can do, open for waiting.
+"""A load generator for the serving example: closed loop for the most it can do, open for waiting.
 
 An open loop sends at times drawn beforehand, whatever the server does, and counts a request's time
 from when it was due, so that a slow server cannot hide behind a slow client.

@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from .affiner import PARTS, Affiner
-from .forms import WIDE, Form, flattened, joined, stacked
+from .forms import WIDE, Factors, Form, flattened, joined, stacked
 from .kin import Kin, joined_kin
 from .layer_tasks import Layer, TaskVectors, version_of
 from .regional_forms import Place
+
+#: Up to so many bytes, every row's own D and U are laid out.
+_BY_ROW_BYTES = 128 << 20
 
 
 class Ready(NamedTuple):
@@ -105,9 +108,12 @@ class Arrangement:
         if self.rows:
             acting = self._weights.any(-1)
             # a stable order, so that rows that run the same tasks sum them up alike
+            before = self._chosen
             self._chosen = acting.int().argsort(dim=1, descending=True, stable=True)
             self._chosen = self._chosen[:, : self.width]
             strengths = strengths.gather(1, self._chosen)
+            if self._is_laid_by_row and not torch.equal(before, self._chosen):
+                self._ready.clear()
         self.plain = bool((strengths == 1).all())
         for place, vectors in self._vectors.items():
             self._fill(vectors, place)
@@ -120,13 +126,13 @@ class Arrangement:
 
     def is_live(self, layer: Layer) -> bool:
         """Says whether a parameter of these tasks is being trained on a layer."""
-        return any(t.requires_grad for t in self._sources_of(layer))
+        return True in [t.requires_grad for t in self._sources_of(layer)]
 
     def _sources_of(self, layer: Layer) -> tuple[Tensor, ...]:
         sources = self._sources.get(layer)
         if sources is None:
             there = [layer.affiners[slot] for slot in self.slots if slot in layer.affiners]
-            sources = tuple(t for affiner in there for t in affiner.tensors().values())
+            sources = tuple(t for affiner in there for t in affiner.parameters())
             self._sources[layer] = sources
         return sources
 
@@ -175,6 +181,7 @@ class Arrangement:
         gains = any(a.scale is not None for a in kinds)
         offsets = any(a.shift is not None for a in kinds) or _needs_bias(layer, kinds)
         gathered = bool(self.rows) and layer.geometry is None
+        by_row = gathered and self._is_laid_by_row
         factors = stacked(present, kinds) if gathered or self._fixed else joined(there)
         ranks: tuple[int, ...] = tuple(0 if a is None else a.rank for a in present)
         if factors is not None and gathered:
@@ -185,7 +192,7 @@ class Arrangement:
         mask = None
         if factors is not None:
             mask = self._mask(vectors, place, ranks)
-            factors = factors.to(*place)
+            factors = self._by_row(factors).to(*place) if by_row else factors.to(*place)
         sources = self._sources_of(layer)
         if factors is not None:
             shared = {t.untyped_storage().data_ptr() for t in sources}
@@ -199,10 +206,30 @@ class Arrangement:
             mask=mask,
             floor=None if factors is None else factors.floor,
             linear=factors is not None and factors.linear,
-            chosen=vectors.chosen if gathered and factors is not None else None,
+            chosen=None if by_row or not gathered or factors is None else vectors.chosen,
             rows=self.rows,
         )
         return Ready(form, sources, version_of(sources))
+
+    @property
+    def _is_laid_by_row(self) -> bool:
+        """Says whether every row's own D and U are laid out, or gathered anew at every call.
+
+        Laid out they are ready to be multiplied by, which pays where rows have few tokens; but they
+        take as many bytes as rows have tasks. Compiled code's tensors must not depend on who runs.
+        """
+        if not self.rows or self._fixed:
+            return False
+        return self.rows * self.width * self._of_tasks.largest(self.slots) <= _BY_ROW_BYTES
+
+    def _by_row(self, factors: Factors) -> Factors:
+        chosen = self._chosen.flatten().to(factors.down.device)
+
+        def own(bank: Tensor) -> Tensor:
+            return bank.index_select(0, chosen).view(self.rows, -1, bank.shape[-1])
+
+        floor = None if factors.floor is None else own(factors.floor[..., None]).squeeze(-1)
+        return Factors(own(factors.down), own(factors.up), floor, factors.linear)
 
     def _vectors_at(self, place: Place) -> _Vectors:
         vectors = self._vectors.get(place)

@@ -194,7 +194,7 @@ class Ensemble:
             t.untyped_storage().data_ptr()
             for layer in layers
             for affiner in layer.affiners.values()
-            for t in affiner.tensors().values()
+            for t in affiner.parameters()
         }
         arrangements = [*self._arranged.values(), *self._compiled.values()]
         tensors = [t for own in arrangements for t in own.tensors(layers)]

@@ -46,7 +46,8 @@ class Form(NamedTuple):
         floor: The smallest value each hidden unit lets through, (R,), gathered (K, R); None: relu
             for all.
         linear: True: no hidden unit has an activation, so `floor` need not be asked.
-        chosen: Gathered: which task each place of each row runs, (B·M,); else None.
+        chosen: Gathered: which task each place of each row runs, (B·M,). None: every row's own D
+            and U lie there already, (B, M·R, C), or nothing is gathered.
         rows: B; 0: the whole batch alike.
     """
 
@@ -59,6 +60,11 @@ class Form(NamedTuple):
     linear: bool
     chosen: Tensor | None
     rows: int
+
+    @property
+    def is_by_row(self) -> bool:
+        """Says whether a Linear's rows have a D and U of their own."""
+        return self.rows > 0 and self.down is not None
 
     def tensors(self) -> list[Tensor]:
         """Returns the tensors there are."""
@@ -192,7 +198,7 @@ def apply_form(
     if hidden is None:
         hidden = _hidden(x.to(y.device, y.dtype), form)
     mask = form.mask if masked else None
-    mask = mask.unsqueeze(1) if mask is not None and form.chosen is not None else mask
+    mask = mask.unsqueeze(1) if mask is not None and form.is_by_row else mask
     hidden = _masked(hidden, mask)
     owned = owned and _may_change(y) and (torch.is_inference_mode_enabled() or not y.is_inference())
     return _plus_subspace(own, gain, offset, hidden, form, owned).reshape(y.shape)
@@ -232,13 +238,13 @@ def _plus_subspace(
         start = torch.add(y, offset, out=room)
     shape, dtype = start.shape, start.dtype
     is_own = owned or (start is not y and _may_change(start))
-    if form.chosen is None:
+    if form.is_by_row:
+        up, hidden = gathered(form.up, form), hidden.to(dtype)
+        total = start.baddbmm_(hidden, up) if is_own else torch.baddbmm(start, hidden, up)
+    else:
         up = form.up.T
         start, hidden = start.reshape(-1, shape[-1]), hidden.reshape(-1, up.shape[0]).to(dtype)
         total = start.addmm_(hidden, up) if is_own else torch.addmm(start, hidden, up)
-    else:
-        up, hidden = gathered(form.up, form), hidden.to(dtype)
-        total = start.baddbmm_(hidden, up) if is_own else torch.baddbmm(start, hidden, up)
     total = total.to(dtype).view(shape)
     if not is_delta:
         return total
@@ -248,7 +254,7 @@ def _plus_subspace(
 def product_of(x: Tensor, form: Form) -> Tensor:
     """Returns D x of a Linear, (…, R), gathered (B, N, M·R)."""
     assert form.down is not None
-    if form.chosen is None:
+    if not form.is_by_row:
         return F.linear(x, form.down)
     x = x.reshape(form.rows, -1, x.shape[-1])
     return torch.bmm(x, gathered(form.down, form).transpose(1, 2))
@@ -257,7 +263,7 @@ def product_of(x: Tensor, form: Form) -> Tensor:
 def _hidden(x: Tensor, form: Form) -> Tensor:
     """Returns act(D x) of a Linear."""
     floor = form.floor
-    if floor is not None and form.chosen is not None:
+    if floor is not None and form.is_by_row:
         floor = gathered(floor[..., None], form).mT
     return activated(product_of(x, form), floor, form.linear)
 
@@ -289,7 +295,8 @@ def _apply_convolution(
 
 def gathered(bank: Tensor, form: Form) -> Tensor:
     """Returns each row's own part of a bank, (B, M·R, C)."""
-    assert form.chosen is not None
+    if form.chosen is None:
+        return bank
     return bank.index_select(0, form.chosen).view(form.rows, -1, bank.shape[-1])
 
 

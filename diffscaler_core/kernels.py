@@ -69,11 +69,14 @@ def finish(product: Tensor, y: Tensor, form: Form, masked: bool = True) -> Tenso
     channels = y.shape[-1]
     own = y.reshape(rows, -1, channels).contiguous()
     hidden = product.reshape(rows, own.shape[1], -1).contiguous()
-    rank = form.up.shape[-1] if form.chosen is None else form.up.shape[1]
+    chosen = form.chosen
+    if form.is_by_row and chosen is None:
+        chosen = torch.arange(rows, device=y.device)
+    rank = form.up.shape[1]
     places = hidden.shape[-1] // rank
     out = torch.empty_like(own)
     # strides of U: the task, the hidden unit, the channel
-    if form.chosen is None:
+    if chosen is None:
         strides = (0, form.up.stride(1), form.up.stride(0))
     else:
         strides = (form.up.stride(0), form.up.stride(1), form.up.stride(2))
@@ -82,14 +85,14 @@ def finish(product: Tensor, y: Tensor, form: Form, masked: bool = True) -> Tenso
     _finish[grid](
         own, hidden, form.up, out,
         own if gain is None else gain, own if offset is None else offset,
-        own if mask is None else mask, hidden if form.chosen is None else form.chosen,
+        own if mask is None else mask, hidden if chosen is None else chosen,
         own.shape[1], channels, *strides,
         0 if gain is None or gain.ndim == 1 else gain.stride(0),
         0 if offset is None or offset.ndim == 1 else offset.stride(0),
         0 if mask is None or mask.ndim == 1 else mask.stride(0),
         RANK=rank, PLACES=places, RANK_BLOCK=max(16, triton.next_power_of_2(rank)),
         HAS_GAIN=gain is not None, HAS_OFFSET=offset is not None, HAS_MASK=mask is not None,
-        GATHERED=form.chosen is not None, RELU=not form.linear, ONE_IN_GAIN=y.dtype in WIDE,
+        GATHERED=chosen is not None, RELU=not form.linear, ONE_IN_GAIN=y.dtype in WIDE,
         TOKENS=_TOKENS, CHANNELS=_CHANNELS,
     )  # fmt: skip
     return out.view(y.shape)

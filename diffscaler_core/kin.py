@@ -106,12 +106,14 @@ class Products:
 
     def _multiply(self, kin: Kin, x: Tensor, like: Tensor) -> None:
         own, form = x.to(like.device, like.dtype), kin.form
-        if form.chosen is None:
+        if not form.is_by_row:
             hidden = F.linear(own, kin.down)
         else:
             own = own.reshape(form.rows, -1, own.shape[-1])
             hidden = torch.bmm(own, gathered(kin.down, form).transpose(1, 2))
-            if form.chosen.numel() > form.rows:  # each place of a row holds all kin's units
+            if (
+                form.chosen is not None and form.chosen.numel() > form.rows
+            ):  # each place of a row holds all kin's units
                 hidden = _by_layer(hidden, kin.ranks)
         self._kin, self._x, self._version = kin, weakref.ref(x), _version(x)
         hidden = activated(hidden, None, form.linear)

@@ -57,7 +57,7 @@ class Layer:
 
 def version_of(tensors: Sequence[Tensor]) -> int:
     """Returns a number that grows with every in-place change of one of the tensors."""
-    return sum(t._version for t in tensors if not t.is_inference())
+    return sum([t._version for t in tensors if not t.is_inference()])
 
 
 class TaskVectors:
@@ -73,6 +73,7 @@ class TaskVectors:
     def __init__(self, layers: list[Layer]) -> None:
         self._layers = layers
         self._known: dict[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
+        self._sizes: dict[int, int] = {}
         self.channels = 0
 
     def __getstate__(self) -> dict[str, object]:
@@ -108,10 +109,22 @@ class TaskVectors:
             self._known[key] = (scale, shift, bias.mul_(scale).neg_())
         return self._known[key]
 
+    def largest(self, slots: Sequence[int]) -> int:
+        """Returns the bytes of the largest of these tasks, as its parameters have them."""
+        return max(self._bytes_of(slot) for slot in slots)
+
+    def _bytes_of(self, slot: int) -> int:
+        if slot not in self._sizes:
+            own = [layer.affiners[slot] for layer in self._layers if slot in layer.affiners]
+            self._sizes[slot] = sum(p.nbytes for affiner in own for p in affiner.parameters())
+        return self._sizes[slot]
+
     def forget(self, but: Collection[int] = ()) -> None:
         """Drops what was computed, but for the tasks named."""
         for key in [key for key in self._known if key[0] not in but]:
             del self._known[key]
+        if not but:
+            self._sizes.clear()
 
     def tensors(self) -> list[Tensor]:
         """Returns what is held."""

@@ -186,15 +186,17 @@ def apply_factors(
     folded: RegionalFold,
     factors: Factors,
     geometry: ConvGeometry | None = None,
+    owned: bool = False,
 ) -> Tensor:
     """Returns y + Σ gₖ wₖ Δₖ(x, y), in y's dtype; where all factors are 0 it is y bit for bit.
 
     Args:
         x: The layer's input, (..., C_in), or (B, C_in, *size) for a convolution.
-        y: The layer's output, (..., C_out) or (B, C_out, *size); not modified.
+        y: The layer's output, (..., C_out) or (B, C_out, *size); not modified unless `owned`.
         folded: From `fold_regional`, on y's device and in y's dtype.
         factors: From `factors_for`.
         geometry: The convolution's geometry, None for a Linear.
+        owned: Nobody else holds y, so that it may hold the result.
     """
     hidden = _hidden(x, y, folded, factors.units, geometry)
     if folded.scale is None or factors.scales is None:
@@ -208,11 +210,12 @@ def apply_factors(
     # On a CPU a large tensor more to allocate costs more than the sum itself, so sums are made in
     # tensors made here, unless somebody asks for gradients or compiles.
     may_change = not (torch.compiler.is_compiling() or _needs_grad(hidden, y, gain))
-    if may_change and wide and geometry is None and gain.shape == y.shape:
-        total = gain.mul_(y)
+    if may_change and wide and geometry is None and hidden.dtype == y.dtype:
+        may_hold = owned and (torch.is_inference_mode_enabled() or not y.is_inference())
+        room = y if may_hold else gain if gain.shape == y.shape else None
+        total = torch.mul(y, gain, out=room)
         rows = hidden.expand(*y.shape[:-1], -1).flatten(0, -2)
-        total.view(-1, y.shape[-1]).addmm_(rows, _up(folded).T)
-        return total
+        return total.reshape(-1, y.shape[-1]).addmm_(rows, _up(folded).T).view(y.shape)
     correction = project_up(hidden, _up(folded), None, geometry)
     if may_change and correction.shape == y.shape:
         correction = correction.addcmul_(y, gain)

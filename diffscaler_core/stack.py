@@ -165,7 +165,7 @@ class AffinerStack(nn.Module):
         repeats = self._row_repeats(y, now.rows) if now.rows else 1
         if self.ensemble.regional is not None:
             own = self.ensemble.regional.of(self._question(y, repeats), *self._here())
-            return y if own is None else apply_factors(x, y, *own, self.geometry)
+            return y if own is None else apply_factors(x, y, *own, self.geometry, owned)
         hidden = None
         if ready.kin is not None:
             hidden = self.ensemble.products.take(ready.kin, ready.place, x, y)

@@ -1,4 +1,4 @@
-"""docs/examples/serving: which requests share a batch, and what a batch draws. All of it without Ray."""
+"""docs/examples/serving: which requests share a batch, what a batch draws. All without Ray."""
 
 import asyncio
 import shutil

@@ -1,10 +1,10 @@
 """Serves many tasks on one base with Ray Serve: requests for different tasks share a batch.
 
     pip install "diffscaler[serve,diffusers]"
-    python docs/examples/serve_ray.py                       # the pocket base and its tasks, on the CPU
+    python docs/examples/serve_ray.py                # the pocket base and its tasks, on the CPU
     curl -s localhost:8000/v1/pictures --json '{"prompt": "cat", "task": "ink"}' -o cat.png
 
-    python docs/examples/serve_ray.py --base stabilityai/stable-diffusion-3.5-medium --tasks my_tasks \
+    python docs/examples/serve_ray.py --base stabilityai/stable-diffusion-3.5-medium --tasks mine \
         --device cuda --dtype bfloat16 --max-replicas 8 --affinity
 
 HTTP: POST /v1/pictures (JSON in, PNG out), GET /v1/tasks, GET /-/healthz. `--address auto` joins a

@@ -119,7 +119,7 @@ def _tensor_bytes() -> int:
     gc.collect()
     held = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.layout == torch.strided:
+        if type(thing) in (Tensor, torch.nn.Parameter) and thing.layout == torch.strided:
             storage = thing.untyped_storage()
             held[storage.data_ptr()] = storage.nbytes()
     return sum(held.values())
