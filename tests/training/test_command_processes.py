@@ -72,7 +72,8 @@ def test_only_the_main_process_of_a_launch_writes(pictures, words_file, tmp_path
     env = {**ENV, "ACCELERATE_USE_CPU": "true"}  # its own --cpu starts one process only
     done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert {f"process {rank} of 2" for rank in range(2)} <= set(done.stdout.splitlines())
+    # both write to one pipe, so that their lines may run into each other
+    assert all(f"{rank} of 2" in done.stdout for rank in range(2))
     assert done.stderr.count("2 of 2 steps") == 1
     assert load_task(out).info["training"]["steps_done"] == 2
     assert [line["step"] for line in read_log(tmp_path / "t" / "log.jsonl")] == [1, 2]
