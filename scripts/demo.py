@@ -61,7 +61,7 @@ def draw_in_comfyui() -> dict[str, list[Image.Image]]:
     with comfy_host.running_server(comfy_host.CACHE / "demo") as server:
         for sheet in SHEETS:
             workflow = json.loads((WORKFLOWS / f"{sheet}.json").read_text(encoding="utf-8"))
-            entry = server.run(workflow, timeout=300)
+            entry = server.run(workflow, timeout=1200)
             saved = sorted(node for node in entry["outputs"] if node.endswith("-save"))
             outputs = [{"outputs": {node: entry["outputs"][node]}} for node in saved]
             drawn[sheet] = [picture(server.images(output)[0]) for output in outputs]

@@ -19,4 +19,5 @@ def test_the_examples_of_the_page_run_one_after_the_other(monkeypatch: pytest.Mo
         names["pipe"].set_progress_bar_config(disable=True)
     assert len(blocks) >= 5
     assert len(names["images"]) == 4
+    assert len(names["drawn"]) == 3
     assert names["image"].size == (128, 128)
