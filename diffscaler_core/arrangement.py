@@ -87,6 +87,12 @@ class Arrangement:
         self._of_tasks = vectors
         self.slots, self.rows, self.width = slots, rows, width
         self._fixed = fixed
+        # Laid out row by row, D and U are ready to be multiplied by, which pays where rows have few
+        # tokens; but they take as many bytes as rows have tasks. Compiled code's tensors must not
+        # depend on who runs.
+        self._is_laid_by_row = bool(rows) and not fixed
+        if self._is_laid_by_row:
+            self._is_laid_by_row = rows * width * vectors.largest(slots) <= _BY_ROW_BYTES
         self.plain = False
         self.nbytes = 0
         self._weights = torch.zeros(max(1, rows), len(slots), len(PARTS))
@@ -210,17 +216,6 @@ class Arrangement:
             rows=self.rows,
         )
         return Ready(form, sources, version_of(sources))
-
-    @property
-    def _is_laid_by_row(self) -> bool:
-        """Says whether every row's own D and U are laid out, or gathered anew at every call.
-
-        Laid out they are ready to be multiplied by, which pays where rows have few tokens; but they
-        take as many bytes as rows have tasks. Compiled code's tensors must not depend on who runs.
-        """
-        if not self.rows or self._fixed:
-            return False
-        return self.rows * self.width * self._of_tasks.largest(self.slots) <= _BY_ROW_BYTES
 
     def _by_row(self, factors: Factors) -> Factors:
         chosen = self._chosen.flatten().to(factors.down.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ from .control import Control, ControlStack
 from .ensemble import Ensemble
 from .errors import DiffScalerError, MismatchError, unknown
 from .hooks import ControlHook, LayerHook, hang
-from .matching import build_controls, build_stacks, match_embeddings, match_layers
+from .matching import fit
 from .regions import Regions
 from .scales import ScaleWatch
 from .siblings import Siblings
@@ -163,7 +163,7 @@ class Attachment(nn.Module):
         Args:
             masks: Task -> (1 or B, 1, H, W) in 0..1, of any size; tasks without one act everywhere.
                 None: all do.
-            layout: The latents' size and how the model's tokens lie: `token_layout.layout_for`.
+            layout: The latents' size and how the model's tokens lie: `token_layout.layout_of`.
 
         Raises:
             UnknownNameError: No such task is attached.
@@ -311,23 +311,17 @@ class Attachment(nn.Module):
         if name in self._tasks:
             raise DiffScalerError(f"a task {name!r} is attached already; drop it first")
         model = check_not_compiled(model, compiled)
-        layers = {name: task.component_layers(self._component)}
-        controls = {name: task.control_layers(self._component)}
-        _check_component({name: task}, {name: (layers[name], controls[name])}, self._component)
-        modules = match_layers(model, {name: task}, layers)
-        embeddings = match_embeddings(model, {name: task}, controls)
+        fitted = fit(model, {name: task}, self._component)
         taken = set(self._slots.values())
         slot = next(i for i in range(len(taken) + 1) if i not in taken)
-        added = build_stacks({name: task}, layers, modules, type(model).__name__)
-        embedded = build_controls({name: task}, controls, embeddings, type(model).__name__)
         with ExitStack() as undo:
             undo.callback(self._forget_task, name)
             self._tasks[name], self._slots[name] = task, slot
             self._weights[name] = (0.0,) * len(PARTS)
             if self._rows is not None:
                 self._rows = F.pad(self._rows, (0, 0, 0, 1))
-            self._take_in(slot, added, modules)
-            self._take_in(slot, embedded, embeddings)
+            self._take_in(slot, fitted.stacks, fitted.modules)
+            self._take_in(slot, fitted.controls, fitted.embeddings)
             self._put_in_force()
             undo.pop_all()
 
@@ -378,17 +372,23 @@ class Attachment(nn.Module):
     def _unhang(self, stacks: Sequence[AffinerStack | ControlStack]) -> None:
         """Takes stacks off their layers."""
         gone = set(stacks)
-        for hook, stack, handle in [held for held in self._hooks if held[1] in gone]:
-            hook.stacks.remove(stack)
-            if not hook.stacks:
-                handle.remove()
-        for control in [held for held in self._control_handles if held in gone]:
-            self._control_handles.pop(control).remove()
-        self._hooks = [held for held in self._hooks if held[1] not in gone]
+        self._take_off(gone)
         self._ensemble.discard([s.layer for s in gone if isinstance(s, AffinerStack)])
         self.stacks = nn.ModuleList(s for s in self.stacks if s not in gone)
         self.controls = nn.ModuleList(s for s in self.controls if s not in gone)
-        if gone:
+
+    def _take_off(self, stacks: Collection[AffinerStack | ControlStack]) -> None:
+        """Takes stacks' hooks off their layers."""
+        hung = [held for held in self._hooks if held[1] in stacks]
+        for hook, stack, handle in hung:
+            hook.stacks.remove(stack)
+            if not hook.stacks:
+                handle.remove()
+        self._hooks = [held for held in self._hooks if held[1] not in stacks]
+        controls = [control for control in self._control_handles if control in stacks]
+        for control in controls:
+            self._control_handles.pop(control).remove()
+        if hung or controls:
             forget_compiled_code()
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
@@ -437,16 +437,7 @@ class Attachment(nn.Module):
 
     def remove(self) -> None:
         """Takes the tasks off; the model is bit for bit what it was. In any order; idempotent."""
-        for hook, stack, handle in self._hooks:
-            hook.stacks.remove(stack)
-            if not hook.stacks:
-                handle.remove()
-        for handle in self._control_handles.values():
-            handle.remove()
-        if self._hooks or self._control_handles:
-            forget_compiled_code()
-        self._hooks.clear()
-        self._control_handles.clear()
+        self._take_off(set(self._all_stacks()))
 
     def __enter__(self) -> Attachment:
         return self
@@ -484,11 +475,15 @@ class Attachment(nn.Module):
             raise DiffScalerError("rows must name a task, a mix or None for at least one row")
         table = torch.zeros(len(rows), len(self.names), len(PARTS))
         for i, row in enumerate(rows):
-            mix = {row: 1.0} if isinstance(row, str) else row or {}
-            for name, weight in mix.items():
+            for name, weight in mix_of(row).items():
                 slot = self.names.index(self._known(name))
                 table[i, slot] = torch.tensor(_per_part(weight))
         return table
+
+
+def mix_of(row: Row) -> dict[str, Weight]:
+    """Returns what a row runs, {task: strength}: of a name alone, a mix, or None for the base."""
+    return {row: 1.0} if isinstance(row, str) else dict(row or {})
 
 
 def attach(
@@ -520,24 +515,20 @@ def attach(
         tasks = {tasks.name: tasks}
     component = component or _component_for(model, tasks)
     model = check_not_compiled(model, compiled)
-    layers = {name: task.component_layers(component) for name, task in tasks.items()}
-    controls = {name: task.control_layers(component) for name, task in tasks.items()}
-    _check_component(tasks, {n: (layers[n], controls[n]) for n in tasks}, component)
-    modules = match_layers(model, tasks, layers)
-    embeddings = match_embeddings(model, tasks, controls)
-    stacks = build_stacks(tasks, layers, modules, type(model).__name__)
-    added = build_controls(tasks, controls, embeddings, type(model).__name__)
-    attachment = Attachment(tasks, stacks, component, added)
+    fitted = fit(model, tasks, component)
+    attachment = Attachment(tasks, fitted.stacks, component, fitted.controls)
     with ExitStack() as undo:
         undo.callback(attachment.remove)
-        for name, stack in stacks.items():
-            attachment._hooks.append(hang(modules[name], stack))
-        for name, control in added.items():
-            handle = embeddings[name].register_forward_hook(ControlHook(control))
+        for name, stack in fitted.stacks.items():
+            attachment._hooks.append(hang(fitted.modules[name], stack))
+        for name, control in fitted.controls.items():
+            handle = fitted.embeddings[name].register_forward_hook(ControlHook(control))
             attachment._control_handles[control] = handle
         attachment.set_weights(1.0 if weights is None else weights)
         undo.pop_all()
-    logger.info("attached %s to %d layers of %s", list(tasks), len(stacks), type(model).__name__)
+    logger.info(
+        "attached %s to %d layers of %s", list(tasks), len(fitted.stacks), type(model).__name__
+    )
     return attachment
 
 
@@ -571,15 +562,3 @@ def _component_for(model: nn.Module, tasks: Mapping[str, TaskAdapter]) -> str:
             )
         return own
     return next(iter(components), component_of(model))
-
-
-def _check_component(
-    tasks: Mapping[str, TaskAdapter],
-    layers: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]],
-    component: str,
-) -> None:
-    there = dict.fromkeys(c for task in tasks.values() for c in task.components)
-    if there and not any(own or control for own, control in layers.values()):
-        raise MismatchError(
-            f"the tasks {list(tasks)} adapt {', '.join(there)}, none of them {component!r}"
-        )

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .attach import Attachment, Row, Weight, attach
+from .attach import Attachment, Row, Weight, attach, mix_of
 from .errors import DiffScalerError, first_names, unknown
 from .files import load_task
 from .task import TaskAdapter
@@ -192,7 +192,7 @@ class TaskBank:
         Args:
             rows: One entry each: a task's name, a mix {name: strength}, or None for the base.
         """
-        mixes = [{row: 1.0} if isinstance(row, str) else dict(row or {}) for row in rows]
+        mixes = [mix_of(row) for row in rows]
         self.need([name for mix in mixes for name in mix])
         with self._seat.rows(rows):
             yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -18,6 +18,46 @@ from .tokens import Embedding
 
 #: Layers that diffusers' `fuse_qkv_projections` takes out of use.
 QKV = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+
+
+class Fitted(NamedTuple):
+    """Tasks on one model, ready to be hung on it.
+
+    Attributes:
+        stacks: Layer -> its stack.
+        modules: Layer -> the model's module.
+        controls: Patch embedding -> its stack.
+        embeddings: Patch embedding -> the model's module.
+    """
+
+    stacks: dict[str, AffinerStack]
+    modules: dict[str, nn.Module]
+    controls: dict[str, ControlStack]
+    embeddings: dict[str, nn.Module]
+
+
+def fit(model: nn.Module, tasks: Mapping[str, TaskAdapter], component: str) -> Fitted:
+    """Returns new stacks for all layers of all tasks on a model, which stays as it is.
+
+    Raises:
+        MismatchError: A task does not fit, or none adapts this component.
+    """
+    layers = {name: task.component_layers(component) for name, task in tasks.items()}
+    controls = {name: task.control_layers(component) for name, task in tasks.items()}
+    there = dict.fromkeys(c for task in tasks.values() for c in task.components)
+    if there and not any(layers[name] or controls[name] for name in tasks):
+        raise MismatchError(
+            f"the tasks {list(tasks)} adapt {', '.join(there)}, none of them {component!r}"
+        )
+    modules = match_layers(model, tasks, layers)
+    embeddings = match_embeddings(model, tasks, controls)
+    own = type(model).__name__
+    return Fitted(
+        build_stacks(tasks, layers, modules, own),
+        modules,
+        build_controls(tasks, controls, embeddings, own),
+        embeddings,
+    )
 
 
 def match_layers(

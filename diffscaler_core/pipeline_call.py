@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import DiffScalerError
+from .errors import DiffScalerError, unknown
 from .families import FAMILIES, Family, token_form
 from .tokens import OPEN_ENDED
 
@@ -300,3 +300,35 @@ def unconditional_rows(call: Call, halves: int) -> list[bool]:
     half = call.batch // 2
     first = guidance != "cond_first"
     return [first] * half + [not first] * half
+
+
+def given_by_name(
+    names: Sequence[str], given: Any, noun: str, absent: str, *, is_one: bool
+) -> dict[str, Any]:
+    """Returns what a user gave each of some tasks, name -> that, without what is None.
+
+    Args:
+        names: The tasks that are chosen.
+        given: One for all tasks; one for each task or None, in a list; or {name: one}.
+        noun: What it is, in the plural, for messages.
+        absent: What None means, for messages.
+        is_one: True: a list or mapping is one for all tasks.
+
+    Raises:
+        UnknownNameError: Something for a task that is not chosen.
+        DiffScalerError: Another number of them than tasks.
+    """
+    if isinstance(given, Mapping) and not is_one:
+        by_name = dict(given)
+    elif isinstance(given, list | tuple) and not is_one:
+        if len(given) != len(names):
+            raise DiffScalerError(
+                f"{len(given)} {noun} for {len(names)} tasks: give one for each, None for {absent}"
+            )
+        by_name = dict(zip(names, given, strict=True))
+    else:
+        by_name = dict.fromkeys(names, given)
+    for name in by_name:
+        if name not in names:
+            raise unknown(f"task in {noun}:", name, names)
+    return {name: own for name, own in by_name.items() if own is not None}

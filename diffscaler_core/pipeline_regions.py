@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .control_request import pixels_per_latent
-from .errors import DiffScalerError, unknown
+from .errors import DiffScalerError
 from .pictures import Size, as_mask, covered
-from .pipeline_call import Call, Same, spread
+from .pipeline_call import Call, Same, given_by_name, spread
 from .token_layout import TokenLayout, layout_of
 
 #: One mask (1, 1, H, W) for all prompts, or one per prompt, None for everywhere.
@@ -103,20 +103,8 @@ def regions_of(names: Sequence[str], given: Any) -> RegionRequest | None:
         UnknownNameError: A mask for a task that is not chosen.
         DiffScalerError: Another number of masks than tasks, or something that is none.
     """
-    if isinstance(given, Mapping):
-        by_name = dict(given)
-    elif isinstance(given, list | tuple):
-        if len(given) != len(names):
-            raise DiffScalerError(
-                f"{len(given)} masks for {len(names)} tasks: give one for each, None for everywhere"
-            )
-        by_name = dict(zip(names, given, strict=True))
-    else:
-        by_name = dict.fromkeys(names, given)
-    for name in by_name:
-        if name not in names:
-            raise unknown("task in masks:", name, names)
-    masks = {name: _mask(own) for name, own in by_name.items() if own is not None}
+    found = given_by_name(names, given, "masks", "everywhere", is_one=False)
+    masks = {name: _mask(own) for name, own in found.items()}
     return RegionRequest(masks) if masks else None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .attach import Row, Weight
+from .attach import Row, Weight, mix_of
 from .schedule import Factors, scaled
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def mixes_of(
         requests: The controls that were asked for, by task.
         controls: Those that act in this call, by task.
     """
-    plain = [{row: 1.0} if isinstance(row, str) else dict(row or {}) for row in rows]
+    plain = [mix_of(row) for row in rows]
     named = {name for mix in plain for name in mix}
     mixes = []
     for mix in plain:

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .affiner import PARTS
-from .errors import DiffScalerError, unknown
-from .pipeline_call import Call
+from .errors import DiffScalerError
+from .pipeline_call import Call, given_by_name
 from .schedule import Schedule
 
 
@@ -119,24 +119,10 @@ def schedules_of(names: Sequence[str], given: Any) -> dict[str, Schedule]:
         UnknownNameError: A schedule for a task that is not chosen.
         DiffScalerError: Another number of schedules than tasks, or something that is none.
     """
-    if given is None:
-        return {}
-    if isinstance(given, Mapping) and not (
-        set(given) <= set(PARTS) and not set(given) & set(names)
-    ):
-        by_name = dict(given)
-    elif isinstance(given, list | tuple) and not _is_points(given):
-        if len(given) != len(names):
-            raise DiffScalerError(
-                f"{len(given)} schedules for {len(names)} tasks: give one for each, None for none"
-            )
-        by_name = dict(zip(names, given, strict=True))
-    else:
-        by_name = dict.fromkeys(names, given)
-    for name in by_name:
-        if name not in names:
-            raise unknown("task in schedules:", name, names)
-    return {name: Schedule.of(own) for name, own in by_name.items() if own is not None}
+    parts = isinstance(given, Mapping) and set(given) <= set(PARTS) and not set(given) & set(names)
+    points = isinstance(given, list | tuple) and _is_points(given)
+    found = given_by_name(names, given, "schedules", "none", is_one=parts or points)
+    return {name: Schedule.of(own) for name, own in found.items()}
 
 
 def _is_points(given: Sequence[Any]) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .attach import Attachment, Weight, attach
+from .attach import Attachment, Weight, attach, mix_of
 from .errors import DiffScalerError
 from .matching import QKV, has_fused_qkv
 from .pipeline_call import Call, spread
@@ -356,8 +356,7 @@ class ModelState:
         if self.rows is None:
             wanted = set(self.weights)
         else:
-            rows = ([row] if isinstance(row, str) else row or () for row in self.rows.rows)
-            wanted = {name for row in rows for name in row}
+            wanted = {name for row in self.rows.rows for name in mix_of(row)}
         met = {own.name for own in (*self.held, *self.contexts)} | self._warned
         return [n for n in wanted - met if n in self.tasks and self._acts(n)]
 

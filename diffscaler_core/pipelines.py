@@ -19,7 +19,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from .attach import Attachment, Row, Weight
+from .attach import Attachment, Row, Weight, mix_of
 from .errors import DiffScalerError
 from .files import save_task
 from .fuse import fuse_diffscaler, unfuse_diffscaler
@@ -191,7 +191,7 @@ def diffscaler_rows(
     Raises:
         DiffScalerError: An unknown or fused task; in the call: rows that do not fit its batch.
     """
-    mixes = [{row: 1.0} if isinstance(row, str) else dict(row or {}) for row in rows]
+    mixes = [mix_of(row) for row in rows]
     check_names(pipe, [name for mix in mixes for name in mix])
     check_unfused(pipe, "run rows beside")
     with ExitStack() as running:
