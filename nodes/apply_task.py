@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..diffscaler_core import TaskAdapter
 from .edge_types import CATEGORY, Task
-from .inputs import component_input, part_inputs, range_inputs, strength_input
+from .inputs import chosen_component, component_input, part_inputs, range_inputs, strength_input
 from .patching import apply_task
 
 
@@ -57,6 +57,6 @@ class DiffScalerApplyTask(io.ComfyNode):
         """Runs the node."""
         parts = {"scale": scale, "shift": shift, "subspace": subspace}
         strengths = {part: strength * factor for part, factor in parts.items()}
-        chosen = None if component == "auto" else component
+        chosen = chosen_component(component)
         times = (start_percent, end_percent)
         return io.NodeOutput(apply_task(model, task, strengths, *times, chosen, region))

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..diffscaler_core.regions import Regions
+from .control_conds import in_window
 from .entries import Entry
 from .native_layout import native_layout
 from .region_mask import RegionMask
-from .row_conds import RowsOfCall, Window
+from .row_conds import RowsOfCall
 
 
 class CallRegions:
@@ -62,18 +63,8 @@ class CallRegions:
     def _mask(self, region: RegionMask) -> Tensor:
         """Returns one task's masks, (1 or B, 1, h, w)."""
         whole = region.at(*self._sampled)
-        own = [_cropped(whole, window) for window, _ in self._windows]
+        own = [in_window(whole, window) for window, _ in self._windows]
         if len(whole) == 1 and len({window for window, _ in self._windows}) == 1:
             return own[0]
         parts = zip(own, self._windows, strict=True)
         return torch.cat([mask.expand(rows, -1, -1, -1) for mask, (_, rows) in parts])
-
-
-def _cropped(mask: Tensor, window: Window | None) -> Tensor:
-    """Returns the part of a mask (N, 1, h, w) that an area of ComfyUI's sees."""
-    if window is None:
-        return mask
-    half = len(window) // 2
-    for axis in (-1, -2):
-        mask = mask.narrow(axis, window[axis], window[half + axis])
-    return mask

@@ -12,7 +12,7 @@ import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 _RUNNING = "_diffscaler_running"
 _CONTROL = "control/"
+
+Remembered = TypeVar("Remembered", Control, Regions)
 
 
 class TaskParameters(nn.Module):
@@ -153,7 +155,7 @@ class Carrier:
             stack.join(self._ensemble, siblings, watch)
         self._forwards: dict[str, tuple[Any, Callable[..., Tensor]]] = {}
         self._turns = _Turns()
-        self._remembered: dict[Hashable, Control] = {}
+        self._remembered: dict[Hashable, Control | Regions] = {}
         self._weights: Tensor | None = None
         self._grouped = False
         self._held = 0
@@ -248,11 +250,14 @@ class Carrier:
         """Makes tasks act in parts of the picture alone, until the next call of this."""
         self._ensemble.set_regions(regions)
 
-    def remembered(self, key: Hashable, make: Callable[[], Control]) -> Control:
-        """Returns the control of this key, made now if it is new; `set_controls({})` forgets."""
+    def remembered(self, key: Hashable, make: Callable[[], Remembered]) -> Remembered:
+        """Returns the control or regions of this key, made now if they are new.
+
+        `set_controls({})` forgets all.
+        """
         if key not in self._remembered:
             self._remembered[key] = make()
-        return self._remembered[key]
+        return cast(Remembered, self._remembered[key])
 
     def set_control(self, latents: Tensor | None, kept: Tensor | None = None) -> None:
         """Gives all control tasks the same pictures, to train on; see `Attachment.set_control`."""

@@ -3,9 +3,8 @@
 from comfy_api.latest import io
 
 from ..diffscaler_core import combine_tasks
-from ..diffscaler_core.strengths import parse_strengths
 from .edge_types import CATEGORY, Task
-from .inputs import strengths_input, task_list_input
+from .inputs import connected_tasks, strengths_input, task_list_input
 
 
 class DiffScalerCombineTasks(io.ComfyNode):
@@ -37,6 +36,5 @@ class DiffScalerCombineTasks(io.ComfyNode):
     @classmethod
     def execute(cls, tasks: io.Autogrow.Type, strengths: str = "", name: str = "") -> io.NodeOutput:
         """Runs the node."""
-        connected = [task for task in tasks.values() if task is not None]
-        numbers = parse_strengths(strengths or "", len(connected))
+        connected, numbers = connected_tasks(tasks, strengths)
         return io.NodeOutput(combine_tasks(connected, numbers, name or None))

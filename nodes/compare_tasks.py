@@ -5,10 +5,15 @@ from typing import Any
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..diffscaler_core.strengths import parse_strengths
 from .comparison import labels_of, same_noise
 from .edge_types import CATEGORY
-from .inputs import component_input, strengths_input, task_list_input
+from .inputs import (
+    chosen_component,
+    component_input,
+    connected_tasks,
+    strengths_input,
+    task_list_input,
+)
 from .patching import route_tasks
 from .row_conds import by_row, routed
 
@@ -71,9 +76,8 @@ class DiffScalerCompareTasks(io.ComfyNode):
         component: str = "auto",
     ) -> io.NodeOutput:
         """Runs the node."""
-        connected = [task for task in tasks.values() if task is not None]
-        numbers = parse_strengths(strengths or "", len(connected))
-        chosen = None if component == "auto" else component
+        connected, numbers = connected_tasks(tasks, strengths)
+        chosen = chosen_component(component)
         patched, keys = route_tasks(model, connected, chosen)
         routes = by_row(keys, numbers, int(include_base))
         positive, negative = (routed(cond, routes, model.model) for cond in (positive, negative))

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..diffscaler_core import TaskAdapter
 from .control_conds import ControlPicture
 from .edge_types import CATEGORY, Task
-from .inputs import component_input, range_inputs, strength_input
+from .inputs import chosen_component, component_input, range_inputs, strength_input
 from .patching import apply_control
 
 
@@ -82,7 +82,7 @@ class DiffScalerControl(io.ComfyNode):
     ) -> io.NodeOutput:
         """Runs the node."""
         picture = ControlPicture(task.name, image, vae, mask)
-        chosen = None if component == "auto" else component
+        chosen = chosen_component(component)
         controlled = apply_control(
             model, task, picture, strength, start_percent, end_percent, chosen
         )

@@ -54,13 +54,10 @@ class Placed:
             rows: Of the latents; None: as many as there are pictures.
         """
         parts = [self.latents] if self.mask is None else [self.latents, self.mask]
-        if window is not None:
-            half = len(window) // 2
-            for axis in (-1, -2):
-                size, start = window[half + axis], window[axis]
-                parts = [part.narrow(axis, start, size) for part in parts]
+        parts = [in_window(part, window) for part in parts]
+        if window is not None and len(window) == 6:
             latents = parts[0]
-            if half == 3 and latents.ndim == 5 and latents.shape[2] > 1:
+            if latents.ndim == 5 and latents.shape[2] > 1:
                 parts[0] = latents.narrow(2, window[3], window[0])
         if rows is not None:
             parts = [part.expand(rows, *part.shape[1:]) for part in parts]
@@ -198,8 +195,7 @@ class ControlPicture:
     def _mask_at(self, height: int, width: int) -> Tensor | None:
         if self._mask is None:
             return None
-        mask = middle(self._mask.unsqueeze(1).float(), height, width)
-        return F.adaptive_avg_pool2d(mask, (height, width)).clamp(0, 1)
+        return averaged(self._mask.unsqueeze(1).float(), height, width).clamp(0, 1)
 
 
 class ControlCond(CONDRegular):  # type: ignore[misc]
@@ -357,6 +353,25 @@ def middle(pictures: Tensor, height: int, width: int) -> Tensor:
     columns = min(wide, max(1, round(width / scale)))
     top, left = (high - rows) // 2, (wide - columns) // 2
     return pictures[..., top : top + rows, left : left + columns]
+
+
+def averaged(masks: Tensor, height: int, width: int) -> Tensor:
+    """Returns masks (N, 1, H, W) at the size of latents, cut as control pictures are."""
+    return F.adaptive_avg_pool2d(middle(masks, height, width), (height, width))
+
+
+def in_window(whole: Tensor, window: tuple[int, ...] | None) -> Tensor:
+    """Returns the part of latents or masks (…, h, w) that an area of ComfyUI's sees.
+
+    Args:
+        whole: For the whole picture.
+        window: The area, the sizes and then the starts per dimension; None: everything.
+    """
+    if window is not None:
+        half = len(window) // 2
+        for axis in (-1, -2):
+            whole = whole.narrow(axis, window[axis], window[half + axis])
+    return whole
 
 
 def _named(latents: Tensor) -> str:

@@ -1,7 +1,11 @@
 """Inputs that several nodes share, so that they read and behave alike everywhere."""
 
+from collections.abc import Mapping
+
 from comfy_api.latest import io
 
+from ..diffscaler_core import TaskAdapter
+from ..diffscaler_core.strengths import parse_strengths
 from .edge_types import Task
 
 #: The most tasks one node takes; more nodes can follow each other.
@@ -70,6 +74,23 @@ def component_input() -> io.Input:
         tooltip="Which of the task's components this model is. Only tasks that adapt two models "
         "(Wan 2.2's high-noise and low-noise one) need another choice than auto.",
     )
+
+
+def chosen_component(component: str) -> str | None:
+    """Returns what `component_input` was set to, None for auto."""
+    return None if component == "auto" else component
+
+
+def connected_tasks(
+    tasks: Mapping[str, TaskAdapter | None], strengths: str | None
+) -> tuple[list[TaskAdapter], list[float]]:
+    """Returns what `task_list_input` and `strengths_input` were given: the tasks, a strength each.
+
+    Raises:
+        DiffScalerError: Another number of strengths, or something that is no number.
+    """
+    connected = [task for task in tasks.values() if task is not None]
+    return connected, parse_strengths(strengths or "", len(connected))
 
 
 def task_list_input(tooltip: str) -> io.Input:

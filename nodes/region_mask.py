@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..diffscaler_core import DiffScalerError
-from .control_conds import middle
+from .control_conds import averaged
 
 #: Sizes of one mask that stay ready.
 _KEPT = 4
@@ -50,8 +49,7 @@ class RegionMask:
         As a control picture's: the largest part of the latents' shape, around its middle.
         """
         if (height, width) not in self._at:
-            mask = middle(self._mask, height, width)
-            self._at[height, width] = F.adaptive_avg_pool2d(mask, (height, width))
+            self._at[height, width] = averaged(self._mask, height, width)
             for old in list(self._at)[:-_KEPT]:
                 del self._at[old]
         return self._at[height, width]

@@ -6,9 +6,14 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..diffscaler_core.strengths import parse_strengths
 from .edge_types import CATEGORY
-from .inputs import component_input, strengths_input, task_list_input
+from .inputs import (
+    chosen_component,
+    component_input,
+    connected_tasks,
+    strengths_input,
+    task_list_input,
+)
 from .patching import route_tasks
 from .row_conds import by_row, routed, together
 
@@ -84,9 +89,8 @@ class DiffScalerRouteTasks(io.ComfyNode):
         component: str = "auto",
     ) -> io.NodeOutput:
         """Runs the node."""
-        connected = [task for task in tasks.values() if task is not None]
-        numbers = parse_strengths(strengths or "", len(connected))
-        chosen = None if component == "auto" else component
+        connected, numbers = connected_tasks(tasks, strengths)
+        chosen = chosen_component(component)
         patched, keys = route_tasks(model, connected, chosen)
         routes = (by_row if mode == BY_ROW else together)(keys, numbers)
         positive = routed(positive, routes, model.model)

@@ -3,9 +3,14 @@
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..diffscaler_core.strengths import parse_strengths
 from .edge_types import CATEGORY
-from .inputs import component_input, strengths_input, task_list_input
+from .inputs import (
+    chosen_component,
+    component_input,
+    connected_tasks,
+    strengths_input,
+    task_list_input,
+)
 from .patching import apply_tasks
 
 
@@ -42,7 +47,6 @@ class DiffScalerStackTasks(io.ComfyNode):
         component: str = "auto",
     ) -> io.NodeOutput:
         """Runs the node."""
-        connected = [task for task in tasks.values() if task is not None]
-        numbers = parse_strengths(strengths or "", len(connected))
-        chosen = None if component == "auto" else component
+        connected, numbers = connected_tasks(tasks, strengths)
+        chosen = chosen_component(component)
         return io.NodeOutput(apply_tasks(model, connected, numbers, chosen))
