@@ -16,6 +16,8 @@ from .config import TrainingConfig
 
 Groups = list[dict[str, Any]]
 
+#: Before the names of parameters that are no task's (see `baselines.py`); they move at `lr`.
+WEIGHTS = "weights/"
 #: Parameter name's end -> the setting that is its learning rate.
 _RATES = {
     "scale": "lr_scale_shift",
@@ -56,6 +58,8 @@ def make_optimizers(
 
 
 def _rate_of(name: str) -> str:
+    if name.startswith(WEIGHTS):
+        return "lr"
     return "lr_control" if name.startswith(CONTROL) else _RATES[name.rpartition(".")[2]]
 
 
