@@ -1,4 +1,4 @@
-"""The picture sets of the methods benchmark, drawn by pocket/draw.py, as latents of 64-pixel pictures.
+"""The picture sets of the methods benchmark: drawn by pocket/draw.py, 64 pixels a side.
 
 Both bases are trained on the same set, "base"; methods are then adapted to the others. A set is
 unconditional (its pictures carry no class: the base is told "no class") or conditional.

@@ -1,4 +1,4 @@
-"""What a task is measured against, trained by the same engine: full fine-tuning, and PEFT's methods.
+"""What a task is measured against, by the same engine: full fine-tuning and PEFT's methods.
 
 A baseline changes or wraps the base's own weights, so it is no task: nothing here can be stacked,
 mixed in a batch or loaded by a host. It sees the same pictures, noise and times as a task with the
@@ -246,7 +246,10 @@ def train_baseline(
             `exclude` say which layers PEFT is given; `method` and `rank` are not used.
         baseline: A name in BASELINES.
         settings: What PEFT's config is told, such as {"r": 8, "lora_alpha": 8}.
-        prompts, words, validation, on_step: As in `train_task`.
+        prompts: As in `train_task`.
+        words: As in `train_task`.
+        validation: As in `train_task`.
+        on_step: As in `train_task`.
 
     Raises:
         UnknownNameError: No such baseline.
