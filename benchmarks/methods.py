@@ -1,0 +1,123 @@
+"""Every method on every set: the small-scale twin of the papers' tables.
+
+    python benchmarks/method_bases.py dit            # the two bases first, half an hour each
+    python benchmarks/method_bases.py unet
+    python benchmarks/methods.py tune                # learning rates, for every row alike
+    python benchmarks/methods.py run                 # methods × sets × seeds
+    python benchmarks/methods.py ablate              # parts × rank × activation × base size
+    python benchmarks/methods.py incremental         # tasks one after another: what is forgotten
+    python benchmarks/methods.py report              # tables and pictures, from what is there
+
+Each cell is kept in .cache/methods as soon as it is done, so a run can be stopped, continued, and
+split: `--part 0/2` and `--part 1/2` share the work between two processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from statistics import fmean
+from typing import Any
+
+import torch
+from method_incremental import incremental
+from method_report import report
+from method_runs import cell
+from method_sets import SETS
+from method_table import ABLATION, ABLATION_SETS, METHODS, ROWS, TUNED_ON
+
+SEEDS = (0, 1, 2)
+BASES = ("dit", "unet")
+
+
+def rate_of(base: str, key: str, sets: Sequence[str] = TUNED_ON) -> float:
+    """Returns the rate with the best mean validation loss over some sets, trying all of the row's.
+
+    A best rate at the end of the list is not trusted: the next one outwards is tried as well.
+    """
+    row = ROWS[key]
+
+    def loss(rate: float) -> float:
+        # relative to the base's own, or the harder set would decide alone
+        return fmean(
+            cell(base, key, name, rate, 0, scored=False)["validation"]
+            / cell(base, "base", name, 0, 0)["validation"]
+            for name in sets
+        )
+
+    tried = {rate: loss(rate) for rate in row.rates}
+    while len(tried) < 2 * len(row.rates):
+        best, rates = min(tried, key=tried.__getitem__), sorted(tried)
+        if best not in (rates[0], rates[-1]):
+            break
+        further = float(f"{best * (3.1623 if best == rates[-1] else 1 / 3.1623):.0e}")
+        tried[further] = loss(further)
+    return min(tried, key=tried.__getitem__)
+
+
+def tuned(bases: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Yields (base, method) of every row."""
+    for base, key in itertools.product(bases, METHODS):
+        if base in METHODS[key].bases:
+            yield base, key
+
+
+def cells(bases: tuple[str, ...]) -> Iterator[tuple[str, str, str, int]]:
+    """Yields (base, method, set, seed), what matters most first."""
+    for base, seed in itertools.product(bases, SEEDS):
+        for key, name in itertools.product(["base", *METHODS], SETS):
+            row = METHODS.get(key)
+            if row is None or (base in row.bases and (row.sets is None or name in row.sets)):
+                yield base, key, name, seed
+
+
+def ablation() -> Iterator[tuple[str, str, str, int]]:
+    """Yields (base, row, set, seed) of the ablation."""
+    for base in ("dit", "dit_small", "dit_wide"):
+        for key, name, seed in itertools.product(["base", *ABLATION], ABLATION_SETS, SEEDS[:2]):
+            if key == "base" or base in ABLATION[key].bases:
+                yield base, key, name, seed
+
+
+def said(done: dict[str, Any], began: float) -> None:
+    """Prints a line about a cell."""
+    shown = {k: f"{v:.4g}" for k, v in done.items() if isinstance(v, float)}
+    print(done["base"], done["method"], done["set"], done["seed"], shown, end=" ")
+    print(f"{time.perf_counter() - began:.0f} s", flush=True)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("what", choices=("tune", "run", "ablate", "incremental", "report"))
+    parser.add_argument("--bases", nargs="+", default=BASES)
+    parser.add_argument("--part", default="0/1", help="which part of the work, as in 0/2")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    index, count = map(int, args.part.split("/"))
+    bases = tuple(args.bases)
+    if args.what == "report":
+        report()
+    elif args.what == "tune":
+        for base, key in itertools.islice(tuned(bases), index, None, count):
+            print(base, key, rate_of(base, key), flush=True)
+    elif args.what == "run":
+        for base, key, name, seed in itertools.islice(cells(bases), index, None, count):
+            began = time.perf_counter()
+            rate = 0.0 if key == "base" else rate_of(base, key)
+            said(cell(base, key, name, rate, seed), began)
+    elif args.what == "ablate":
+        for base, key, name, seed in itertools.islice(ablation(), index, None, count):
+            began = time.perf_counter()
+            rate = 0.0 if key == "base" else rate_of(base, key, [name])
+            said(cell(base, key, name, rate, seed), began)
+    else:
+        for base in bases:
+            incremental(base, rate_of(base, "ours_wide"), rate_of(base, "full"))
+
+
+if __name__ == "__main__":
+    main()
