@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .affiner import PARTS
+from .classes import CLASSES, ClassStack, hang_classes
 from .compiled import check_not_compiled, forget_compiled_code
 from .control import Control, ControlStack
 from .ensemble import Ensemble
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 Weight = float | Mapping[str, float]
 Row = str | Mapping[str, Weight] | None
+Stack = AffinerStack | ControlStack | ClassStack
 
 
 class Attachment(nn.Module):
@@ -50,6 +52,7 @@ class Attachment(nn.Module):
     Attributes:
         stacks: One per adapted layer.
         controls: One per patch embedding that control tasks see their pictures through.
+        classes: One per table of class embeddings that tasks bring new classes to.
     """
 
     def __init__(
@@ -58,11 +61,13 @@ class Attachment(nn.Module):
         stacks: Mapping[str, AffinerStack],
         component: str,
         controls: Mapping[str, ControlStack] | None = None,
+        classes: Mapping[str, ClassStack] | None = None,
     ) -> None:
         super().__init__()
         self._slots = {name: slot for slot, name in enumerate(tasks)}
         self.stacks = nn.ModuleList(stacks.values())
         self.controls = nn.ModuleList((controls or {}).values())
+        self.classes = nn.ModuleList((classes or {}).values())
         self._ensemble = Ensemble()
         self._shared = Siblings(), ScaleWatch()
         for stack in stacks.values():
@@ -76,7 +81,7 @@ class Attachment(nn.Module):
         self._waits = False
         self._grouped: tuple[str, ...] | None = None
         self._hooks: list[tuple[LayerHook, AffinerStack, Any]] = []
-        self._control_handles: dict[ControlStack, Any] = {}
+        self._handles: dict[ControlStack | ClassStack, Any] = {}
         self.requires_grad_(False)
 
     @property
@@ -218,6 +223,8 @@ class Attachment(nn.Module):
             now = torch.tensor([self._weights[name] for name in self.names])
         gated = self._gate(now) if self._gated and len(self.controls) else now
         self._ensemble.set_weights(self._by_slot(gated))
+        for own in self._class_stacks():
+            own.set_weights(self._by_slot(gated))
         for control in self._control_stacks():  # which knows its rows' factors by itself
             control.set_weights(self._by_slot(now))
         self._give()
@@ -322,6 +329,7 @@ class Attachment(nn.Module):
                 self._rows = F.pad(self._rows, (0, 0, 0, 1))
             self._take_in(slot, fitted.stacks, fitted.modules)
             self._take_in(slot, fitted.controls, fitted.embeddings)
+            self._take_in(slot, fitted.classes, fitted.tables)
             self._put_in_force()
             undo.pop_all()
 
@@ -337,15 +345,17 @@ class Attachment(nn.Module):
     def _take_in(
         self,
         slot: int,
-        added: Mapping[str, AffinerStack] | Mapping[str, ControlStack],
+        added: Mapping[str, AffinerStack] | Mapping[str, ControlStack] | Mapping[str, ClassStack],
         modules: Mapping[str, nn.Module],
     ) -> None:
-        """Puts one task's stacks, each with one affiner, among those there are."""
+        """Puts one task's stacks, each with one task, among those there are."""
         there = {stack.name: stack for stack in self._all_stacks()}
         for name, new in added.items():
             known = there.get(name)
             if isinstance(known, type(new)):
-                known.put(slot, new.affiner_of(0), new.bias)
+                if isinstance(known, ClassStack) and isinstance(new, ClassStack):
+                    known.check_start(new)
+                known.put(slot, new.affiner_of(0), new.bias)  # type: ignore[arg-type]
             elif isinstance(new, AffinerStack):
                 new.renumber(slot)
                 new.join(self._ensemble, *self._shared)
@@ -353,9 +363,15 @@ class Attachment(nn.Module):
                 self._hooks.append(hang(modules[name], new))
             else:
                 new.renumber(slot)
-                self.controls.append(new)
-                handle = modules[name].register_forward_hook(ControlHook(new))
-                self._control_handles[new] = handle
+                (self.controls if isinstance(new, ControlStack) else self.classes).append(new)
+                self._hang(new, modules[name])
+
+    def _hang(self, stack: ControlStack | ClassStack, module: nn.Module) -> None:
+        """Puts a stack behind its embedding."""
+        if isinstance(stack, ControlStack):
+            self._handles[stack] = module.register_forward_hook(ControlHook(stack))
+        else:
+            self._handles[stack] = hang_classes(module, stack)
 
     def _forget_task(self, name: str) -> None:
         slot = self._slots.pop(name)
@@ -369,26 +385,27 @@ class Attachment(nn.Module):
             held.pop(name, None)
         self._unhang([stack for stack in self._all_stacks() if not stack.slots])
 
-    def _unhang(self, stacks: Sequence[AffinerStack | ControlStack]) -> None:
+    def _unhang(self, stacks: Sequence[Stack]) -> None:
         """Takes stacks off their layers."""
         gone = set(stacks)
         self._take_off(gone)
         self._ensemble.discard([s.layer for s in gone if isinstance(s, AffinerStack)])
         self.stacks = nn.ModuleList(s for s in self.stacks if s not in gone)
         self.controls = nn.ModuleList(s for s in self.controls if s not in gone)
+        self.classes = nn.ModuleList(s for s in self.classes if s not in gone)
 
-    def _take_off(self, stacks: Collection[AffinerStack | ControlStack]) -> None:
+    def _take_off(self, stacks: Collection[Stack]) -> None:
         """Takes stacks' hooks off their layers."""
         hung = [held for held in self._hooks if held[1] in stacks]
-        for hook, stack, handle in hung:
-            hook.stacks.remove(stack)
+        for hook, own, handle in hung:
+            hook.stacks.remove(own)
             if not hook.stacks:
                 handle.remove()
         self._hooks = [held for held in self._hooks if held[1] not in stacks]
-        controls = [control for control in self._control_handles if control in stacks]
-        for control in controls:
-            self._control_handles.pop(control).remove()
-        if hung or controls:
+        others = [stack for stack in self._handles if stack in stacks]
+        for stack in others:
+            self._handles.pop(stack).remove()
+        if hung or others:
             forget_compiled_code()
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
@@ -429,7 +446,7 @@ class Attachment(nn.Module):
                     k: v.detach().to("cpu", copy=True) for k, v in own.items()
                 }
         ordered = {n: layers[n] for n in self._tasks[name].layers if n in layers}
-        now = {n: p for n, p in self.parameters_of(name).items() if n.startswith(CONTROL)}
+        now = self.parameters_of(name)
         extras = {
             n: now[n].detach().to("cpu", copy=True) for n in self._tasks[name].extras if n in now
         }
@@ -448,8 +465,11 @@ class Attachment(nn.Module):
     def _stacks(self) -> list[AffinerStack]:
         return [cast(AffinerStack, stack) for stack in self.stacks]
 
-    def _all_stacks(self) -> list[AffinerStack | ControlStack]:
-        return [*self._stacks(), *self._control_stacks()]
+    def _class_stacks(self) -> list[ClassStack]:
+        return [cast(ClassStack, stack) for stack in self.classes]
+
+    def _all_stacks(self) -> list[Stack]:
+        return [*self._stacks(), *self._control_stacks(), *self._class_stacks()]
 
     def _control_stacks(self) -> list[ControlStack]:
         return [cast(ControlStack, stack) for stack in self.controls]
@@ -516,14 +536,15 @@ def attach(
     component = component or _component_for(model, tasks)
     model = check_not_compiled(model, compiled)
     fitted = fit(model, tasks, component)
-    attachment = Attachment(tasks, fitted.stacks, component, fitted.controls)
+    attachment = Attachment(tasks, fitted.stacks, component, fitted.controls, fitted.classes)
     with ExitStack() as undo:
         undo.callback(attachment.remove)
         for name, stack in fitted.stacks.items():
             attachment._hooks.append(hang(fitted.modules[name], stack))
         for name, control in fitted.controls.items():
-            handle = fitted.embeddings[name].register_forward_hook(ControlHook(control))
-            attachment._control_handles[control] = handle
+            attachment._hang(control, fitted.embeddings[name])
+        for name, own in fitted.classes.items():
+            attachment._hang(own, fitted.tables[name])
         attachment.set_weights(1.0 if weights is None else weights)
         undo.pop_all()
     logger.info(
@@ -533,10 +554,11 @@ def attach(
 
 
 _ONE = (1.0,) * len(PARTS)
+_PREFIXES: dict[type, str] = {ControlStack: CONTROL, ClassStack: CLASSES}
 
 
-def _prefix(stack: AffinerStack | ControlStack) -> str:
-    return CONTROL if isinstance(stack, ControlStack) else ""
+def _prefix(stack: Stack) -> str:
+    return next((own for kind, own in _PREFIXES.items() if isinstance(stack, kind)), "")
 
 
 def _per_part(weight: Weight) -> tuple[float, ...]:

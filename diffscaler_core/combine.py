@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from .affiner import PARTS
-from .errors import DiffScalerError, unknown
+from .classes import CLASSES, ROWS
+from .errors import DiffScalerError, first_names, unknown
 from .targets import pattern_value
 from .task import TaskAdapter
 
 #: Which part's strength multiplies which tensor; U carries the subspace's.
-_PART_OF = {"scale": "scale", "shift": "shift", "up": "subspace"}
+_PART_OF = {"scale": "scale", "shift": "shift", "up": "subspace", ROWS: "shift"}
 
 
 def combine_tasks(
@@ -24,7 +25,8 @@ def combine_tasks(
     """Returns one task that does what `tasks` do together at these strengths; exact.
 
     Scales and shifts add, subspaces concatenate their ranks. Where relu and identity meet, the
-    identity subspace is written as relu(z) − relu(−z), at twice its rank.
+    identity subspace is written as relu(z) − relu(−z), at twice its rank. New classes are numbered
+    anew, in the tasks' order; each runs the layers of all tasks.
 
     Args:
         tasks: One or more tasks of the same base.
@@ -33,7 +35,8 @@ def combine_tasks(
 
     Raises:
         DiffScalerError: No task, another number of weights, other shapes, other schedules, scales
-            that treat the frozen bias differently, or a control task among several.
+            that treat the frozen bias differently, a control task among several, or new classes
+            of one name or of different tables.
     """
     weights = [1.0] * len(tasks) if weights is None else list(weights)
     if not tasks or len(tasks) != len(weights):
@@ -55,8 +58,11 @@ def combine_tasks(
             layers[layer] = _added(layer, layers.get(layer), own)
     info = _combined_info(tasks, weights, name, "relu" if relu else "identity")
     conditioning, prompts = _combined_prompts(tasks)
-    extras = _scaled_control(tasks[0], dict.fromkeys(PARTS, weights[0]))
-    return TaskAdapter(layers, {**info, **prompts}, conditioning, {}, extras, tasks[0].schedule)
+    extras, classes = _combined_classes(tasks, weights)
+    if len(tasks) == 1:
+        extras = _scaled_extras(tasks[0], dict.fromkeys(PARTS, weights[0]))
+    facts = {**info, **prompts, **classes}
+    return TaskAdapter(layers, facts, conditioning, {}, extras, tasks[0].schedule)
 
 
 def scale_task(
@@ -68,7 +74,8 @@ def scale_task(
 ) -> TaskAdapter:
     """Returns a task whose trained effect is multiplied: as a whole, per part, per layer.
 
-    The control affiner of a control task is multiplied too; a schedule stays.
+    The control affiner of a control task is multiplied too, and new classes with the factor of the
+    shift; a schedule stays.
 
     Args:
         task: The task; stays as it is.
@@ -90,7 +97,7 @@ def scale_task(
     for layer, tensors in task.layers.items():
         own = pattern_value(layer.partition(".")[2], layers, 1.0)
         scaled[layer] = _scaled(tensors, {part: f * own for part, f in factors.items()})
-    return task.replace(layers=scaled, extras=_scaled_control(task, factors))
+    return task.replace(layers=scaled, extras=_scaled_extras(task, factors))
 
 
 def cast_task(task: TaskAdapter, dtype: torch.dtype) -> TaskAdapter:
@@ -112,8 +119,8 @@ def _scaled(tensors: Mapping[str, Tensor], factors: Mapping[str, float]) -> dict
     }
 
 
-def _scaled_control(task: TaskAdapter, factors: Mapping[str, float]) -> dict[str, Tensor]:
-    """Returns the tensors of a task's control affiner, multiplied; none if it takes no control."""
+def _scaled_extras(task: TaskAdapter, factors: Mapping[str, float]) -> dict[str, Tensor]:
+    """Returns the tensors of a task's control affiner and new classes, multiplied."""
     return {
         name: _scaled({name.rpartition(".")[2]: tensor}, factors)[name.rpartition(".")[2]]
         for name, tensor in task.extras.items()
@@ -143,7 +150,7 @@ def _added(
 
 
 def _check_alike(tasks: Sequence[TaskAdapter]) -> None:
-    if len(tasks) > 1 and any(task.extras for task in tasks):
+    if len(tasks) > 1 and any(task.is_control for task in tasks):
         raise DiffScalerError("a control task cannot be combined with others; stack them instead")
     if len({task.schedule for task in tasks}) > 1:
         raise DiffScalerError(
@@ -224,6 +231,42 @@ def _combined_prompts(tasks: Sequence[TaskAdapter]) -> tuple[dict[str, Tensor], 
         for key in keys
     }
     return tensors, {"prompts": list(names)}
+
+
+def _combined_classes(
+    tasks: Sequence[TaskAdapter], weights: Sequence[float]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns all tasks' new classes, one after the other, and what the facts say of classes.
+
+    Raises:
+        DiffScalerError: Two have one name, or they belong to different tables.
+    """
+    known: dict[str, int] = {}
+    for task in tasks:
+        known |= {n: i for n, i in task.classes.items() if n not in task.new_classes}
+    bringing = [(t, w) for t, w in zip(tasks, weights, strict=True) if t.new_classes]
+    if not bringing:
+        return {}, {"classes": known} if known else {}
+    names = [name for task, _ in bringing for name in task.new_classes]
+    doubled = {name for name in names if names.count(name) > 1 or name in known}
+    table = bringing[0][0].info["class_table"]
+    held = [_shapes_of_classes(task) for task, _ in bringing]
+    if doubled or any(own != held[0] for own in held):
+        reason = f"both have {first_names(sorted(doubled))}" if doubled else "their tables differ"
+        raise DiffScalerError(
+            f"the classes of {' and '.join(repr(task.name) for task, _ in bringing)} cannot be "
+            f"combined, as {reason}; stack the tasks instead"
+        )
+    own = [_scaled_extras(task, dict.fromkeys(PARTS, weight)) for task, weight in bringing]
+    extras = {name: torch.cat([_wide(rows[name]) for rows in own]) for name in own[0]}
+    numbers = {name: table["size"] + i for i, name in enumerate(names)}
+    return extras, {"classes": known | numbers, "class_table": dict(table)}
+
+
+def _shapes_of_classes(task: TaskAdapter) -> tuple[Any, ...]:
+    table = task.info["class_table"]
+    widths = {name: t.shape[1] for name, t in task.extras.items() if name.startswith(CLASSES)}
+    return (table["size"], table["start"], widths)
 
 
 def _combined_base(tasks: Sequence[TaskAdapter]) -> dict[str, Any]:

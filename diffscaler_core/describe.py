@@ -9,6 +9,9 @@ from .families import FAMILIES
 from .methods import METHODS
 from .task import TaskAdapter
 
+#: More classes than these are counted.
+_SHOWN_CLASSES = 12
+
 
 def describe(task: TaskAdapter) -> str:
     """Returns what there is to know about a task, one fact a line; without what nobody recorded."""
@@ -29,12 +32,14 @@ def _rows(task: TaskAdapter) -> Iterator[tuple[str, str]]:
     yield "license", str(info.get("license") or spec.get("license") or "")
     yield "made for", _base(info.get("base") or {})
     yield "method", _method(task)
-    alone = "control alone" if task.is_control else "stored prompts only"
+    alone = "new classes" if task.new_classes else "stored prompts only"
+    alone = "control alone" if task.is_control else alone
     yield "layers", str(len(task.layers)) if task.layers else f"none ({alone})"
     yield "rank", _rank(task)
     yield "parameters", f"{task.num_parameters:,}"
     yield "size", f"{_bytes(task.nbytes)} ({_dtypes(task)})"
     yield "prompts", ", ".join(map(repr, task.prompts))
+    yield "classes", _classes(task)
     yield "trigger", str(info.get("trigger") or "")
     yield "control", _control(info.get("control") or {})
     yield "combined from", _sources(info.get("combined_from") or ())
@@ -56,7 +61,19 @@ def _method(task: TaskAdapter) -> str:
         parts[parts.index("subspace")] = f"{task.info.get('activation', 'relu')} subspace"
     source = METHODS[name].source if name in METHODS else ""
     text = f"{name}: {', '.join(parts)}" if parts else name
+    if "gamma_blocks" in task.info:
+        text += f" (γ: {str(task.info['gamma_blocks']).replace('_', ' ')} of the blocks)"
     return f"{text} [{source}]" if source else text
+
+
+def _classes(task: TaskAdapter) -> str:
+    """Returns the classes with their numbers, and which of them the task brings."""
+    new = task.new_classes
+    told = [f"{n!r} {number}{' (new)' * (n in new)}" for n, number in task.classes.items()]
+    shown = told if len(told) <= _SHOWN_CLASSES else told[:_SHOWN_CLASSES]
+    return ", ".join(shown) + (
+        f" and {len(told) - len(shown)} more" if len(told) > len(shown) else ""
+    )
 
 
 def _control(facts: dict[str, Any]) -> str:

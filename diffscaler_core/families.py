@@ -54,6 +54,8 @@ class Family:
             "last", or "" if there are no such layers.
         token_roles: Pattern of target names -> role (`token_layout.ROLES`), for layers whose tokens
             are not simply the image's.
+        class_tables: Pattern of the tables that class numbers are looked up in (see `classes.py`).
+        null_class: Which class means "no class": "last", or "" if the architecture has none.
         modelspec: ModelSpec's architecture identifier, where one is registered.
     """
 
@@ -71,6 +73,8 @@ class Family:
     row_layouts: dict[str, str] = field(default_factory=dict)
     text: str = ""
     token_roles: dict[str, str] = field(default_factory=dict)
+    class_tables: str = ""
+    null_class: str = ""
     modelspec: str = ""
 
 
@@ -134,6 +138,8 @@ _ROWS = (
         objective="epsilon",
         learned_sigma=True,
         guidance="cond_first",
+        class_tables=r"transformer_blocks\.\d+\.norm1\.emb\.class_embedder\.embedding_table",
+        null_class="last",
         modelspec="dit",
     ),
     Family(
@@ -304,6 +310,7 @@ _ROWS = (
         "conv_in",
         objective="epsilon",
         token_roles={r"encoder_hid_proj(\..*)?": "mean"} | _CROSS_ATTENTION,
+        class_tables="class_embedding",
         modelspec="stable-diffusion",
     ),
     Family(
@@ -313,6 +320,7 @@ _ROWS = (
         "conv_in",
         objective="epsilon",
         guidance="none",
+        class_tables="class_embedding",
         modelspec="unet",
     ),
 )

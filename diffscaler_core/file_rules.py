@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from .affiner import ACTIVATIONS, TENSORS
+from .classes import CLASSES, ROWS
 from .errors import TaskFileError, first_names, shown
 from .methods import METHODS
 from .task import CONTROL_EMBEDDINGS
 
 COMPONENTS = ("transformer", "transformer_2", "unet")
-EXTRAS = ("control",)
+EXTRAS = ("control", "classes")
 MAX_NAME = 512
 _DTYPES = {"F32", "F16", "BF16"}
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
@@ -62,6 +63,8 @@ def check_config(
         )
     _check_prompts(file, config.get("prompts", ()), shapes)
     _check_control(file, config.get("control"), grouped(shapes, "control."))
+    rows = {name: shape for name, shape in shapes.items() if name.startswith(CLASSES)}
+    _check_classes(file, config.get("classes"), config.get("class_table"), rows)
 
 
 def _check_prompts(
@@ -74,8 +77,8 @@ def _check_prompts(
         )
     if not all(isinstance(prompt, str) for prompt in prompts):
         raise TaskFileError(f"{file!r} names prompts by something that is not text")
-    if not counts and not grouped(shapes) and not grouped(shapes, "control."):
-        raise TaskFileError(f"{file!r} is empty: no layer and no stored prompt")
+    if not counts and not any(name.partition(".")[0] in (*COMPONENTS, *EXTRAS) for name in shapes):
+        raise TaskFileError(f"{file!r} is empty: no layer, no stored prompt and no new class")
 
 
 def _check_control(
@@ -102,6 +105,37 @@ def _check_control(
     components = [name.split(".")[1] for name in layers]
     if len(set(components)) < len(components):
         raise TaskFileError(f"{file!r} has two control affiners for one model; a task has one")
+
+
+def _check_classes(
+    file: str, classes: Any, table: Any, rows: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Checks that new classes have names and numbers, and that there are rows for just these."""
+    for key, value in (("classes", classes), ("class_table", table)):
+        if value and not (
+            isinstance(value, Mapping)
+            and all(isinstance(name, str) and _is_count(number) for name, number in value.items())
+        ):
+            raise TaskFileError(f"{file!r}: config entry {key!r} must not be {shown(value)}")
+    if bool(rows) != bool(table):
+        raise TaskFileError(
+            f"{file!r} {'says it brings classes' if table else 'says nothing of new classes'}, but "
+            f"holds {len(rows)} tables of them; download it again"
+        )
+    if not rows:
+        return
+    size, start = table.get("size", 0), table.get("start", -1)
+    new = sorted(number for number in (classes or {}).values() if number >= size)
+    held = sorted({shape[0] for shape in rows.values()})
+    if len(held) > 1 or new != list(range(size, size + held[0])) or not 0 <= start < size:
+        raise TaskFileError(
+            f"{file!r} numbers {len(new)} new classes {first_names(new)} after the base's {size}, "
+            f"from class {start}, but holds rows for {' or '.join(map(str, held))}"
+        )
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
 
 
 def check_entries(file: str, entries: Mapping[str, Any]) -> None:
@@ -136,6 +170,8 @@ def _is_ours(name: str) -> bool:
     head, _, rest = name.partition(".")
     if head in COMPONENTS:
         return "." in rest and name.rpartition(".")[2] in TENSORS
+    if name.startswith(CLASSES):
+        return rest.partition(".")[0] in COMPONENTS and rest.endswith(f".{ROWS}")
     if head in EXTRAS:
         return rest.partition(".")[0] in COMPONENTS and _is_ours(rest)
     return name in ("conditioning.context", "conditioning.pooled")
@@ -154,7 +190,9 @@ def check_layers(file: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
             problems.append(f"{layer} (down and up come together)")
         elif down is not None and up is not None and not _is_subspace(down, up):
             problems.append(f"{layer} (down {down}, up {up})")
-    for name, ndim in (("conditioning.context", 3), ("conditioning.pooled", 2)):
+    ndims = {"conditioning.context": 3, "conditioning.pooled": 2}
+    ndims |= {name: 2 for name in shapes if name.startswith(CLASSES)}
+    for name, ndim in ndims.items():
         if name in shapes and len(shapes[name]) != ndim:
             problems.append(f"{name} ({len(shapes[name])} dimensions, not {ndim})")
     if problems:

@@ -2,7 +2,7 @@
 
 Header metadata: `diffscaler.format` (the version), `diffscaler.config` (JSON facts), `modelspec.*`
 (Stability's ModelSpec 1.0.0). Tensors: `<component>.<module>.scale|shift|down|up`,
-`conditioning.context|pooled`, and reserved `control.…`. Nothing is ever unpickled.
+`conditioning.context|pooled`, `control.…` and `classes.…`. Nothing is ever unpickled.
 """
 
 from __future__ import annotations

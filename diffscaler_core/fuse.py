@@ -1,33 +1,27 @@
 """Folding tasks into a model's own weights and back: faster calls, for a fixed choice of tasks.
 
-A scale, a shift and an identity subspace fold exactly, in the weight's own dtype:
-
-    W' = (1 + a) ⊙ W + s · U D        b̂' = b̂ + b   (with DiffFit's scale: (1 + a) ⊙ b̂ + b)
-
-A relu subspace does not fold, nor a shift on a layer without bias (a new bias would change the
-state_dict), nor an identity subspace on a grouped convolution. What does not fold can go on running
-behind the fused weights.
+A scale, a shift and an identity subspace fold exactly (see `folding.py`). A relu subspace does not
+fold, nor a shift on a layer without bias (a new bias would change the state_dict), nor an identity
+subspace on a grouped convolution. What does not fold can go on running behind the fused weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .affiner import PARTS, Affiner, affiner_from, fold
+from .affiner import PARTS, affiner_from
 from .attach import Weight
 from .errors import DiffScalerError, first_names
+from .folding import TENSORS_OF, alike, fold_into, not_plain, unfoldable, weight_sum, weights_of
 from .pipeline_models import check_names, check_unfused, states_of
 from .pipeline_state import ModelState
 from .targets import resolve
 from .task import TaskAdapter
-
-_PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_TENSORS_OF = {"scale": ("scale",), "shift": ("shift",), "subspace": ("down", "up")}
 
 
 def fuse_diffscaler(
@@ -131,19 +125,22 @@ def plan_fuse(state: ModelState, names: Sequence[str]) -> Plan:
     moved = _group_offloaded(state.model)
     for name in names:
         task = state.current(name)
+        activation = str(task.info.get("activation", "relu"))
         rest: dict[str, dict[str, Tensor]] = {}
         reasons: dict[str, None] = {}
         for layer, tensors in task.component_layers(state.component).items():
             module = _module(state.model, layer)
-            if reason := moved or _not_plain(module):
+            if reason := moved or not_plain(module):
                 refused[layer] = reason
             folds = dict(tensors)
-            for part, why in _unfoldable(module, tensors, task):
-                kept = {n: folds.pop(n) for n in _TENSORS_OF[part]}
+            for part, why in unfoldable(module, tensors, activation):
+                kept = {n: folds.pop(n) for n in TENSORS_OF[part]}
                 rest.setdefault(f"{state.component}.{layer}", {}).update(kept)
                 reasons[why] = None
             if folds:
                 plan.folds.setdefault(layer, []).append((name, task, folds))
+        if task.class_rows(state.component):
+            reasons["its new classes"] = None
         plan.rest[name] = task.replace(layers=rest)
         plan.stays += [f"{name!r} ({why})" for why in reasons]
     if refused:
@@ -164,14 +161,14 @@ def fuse(plan: Plan) -> None:
     fused = Fused(plan.weights)
     for layer, jobs in plan.folds.items():
         module = _module(state.model, layer)
-        saved = [None if t is None else t.detach().to("cpu", copy=True) for t in _weights(module)]
+        saved = [None if t is None else t.detach().to("cpu", copy=True) for t in weights_of(module)]
         fused.originals[layer] = saved[0], saved[1]  # type: ignore[assignment]
         affiners = [affiner_from(tensors, task.info) for _, task, tensors in jobs]
         strengths = torch.tensor([_per_part(plan.weights[name]) for name, _, _ in jobs])
-        _fold_into(module, affiners, strengths)
-        fused.sums[layer] = _fingerprint(module)
+        fold_into(module, affiners, strengths)
+        fused.sums[layer] = weight_sum(module)
     state.fused = fused
-    running = {n: t for n, t in rest.items() if n not in plan.weights or t.layers}
+    running = {n: t for n, t in rest.items() if n not in plan.weights or t.layers or t.extras}
     state.adopt(state.build(running, compiled="reset"))
 
 
@@ -183,14 +180,14 @@ def unfuse(state: ModelState) -> None:
         DiffScalerError: Something else changed the weights since; nothing is put back.
     """
     fused: Fused = state.fused
-    changed = [n for n, s in fused.sums.items() if not _alike(s, _module(state.model, n))]
+    changed = [n for n, s in fused.sums.items() if not alike(s, _module(state.model, n))]
     if changed:
         raise DiffScalerError(
             f"the weights of {len(changed)} layers changed after fuse_diffscaler() (first "
             f"{first_names(changed, 1)}), by a LoRA fused or unfused perhaps: undo that first"
         )
     for layer, saved in fused.originals.items():
-        for parameter, original in zip(_weights(_module(state.model, layer)), saved, strict=True):
+        for parameter, original in zip(weights_of(_module(state.model, layer)), saved, strict=True):
             if parameter is not None and original is not None:
                 parameter.copy_(original)
     tasks = {name: state.current(name) for name in state.tasks}
@@ -198,61 +195,11 @@ def unfuse(state: ModelState) -> None:
     state.adopt(state.build(tasks, compiled="reset"))
 
 
-def _fold_into(module: nn.Module, affiners: Sequence[Affiner], strengths: Tensor) -> None:
-    """Changes one layer's weight and bias in place, by a sum done in at least float32."""
-    weight, bias = _weights(module)
-    exact = torch.promote_types(weight.dtype, torch.float32)
-    cpu_bias = None if bias is None else bias.detach().cpu()
-    folded = fold([a.cpu() for a in affiners], strengths, cpu_bias).to(weight.device, exact)
-    new = weight.to(exact)
-    if folded.gain is not None:
-        new = new * (1 + folded.gain).view(-1, *(1,) * (weight.ndim - 1))
-    if folded.down is not None and folded.up is not None:
-        new = new + (folded.up @ folded.down.flatten(1)).view_as(weight)
-    weight.copy_(new)
-    if bias is None:
-        return
-    new = bias.to(exact)
-    if folded.gain is not None:
-        new = new * (1 + folded.gain)
-    bias.copy_(new if folded.offset is None else new + folded.offset)
-
-
-def _unfoldable(
-    module: Any, tensors: Mapping[str, Tensor], task: TaskAdapter
-) -> Iterator[tuple[str, str]]:
-    """Yields (part, why) for each part of a layer that no plain weight can express."""
-    if "down" in tensors and task.info.get("activation", "relu") != "identity":
-        yield "subspace", "its relu subspace"
-    elif "down" in tensors and getattr(module, "groups", 1) != 1:
-        yield "subspace", "a subspace on grouped convolutions"
-    if "shift" in tensors and module.bias is None:
-        yield "shift", "a shift on layers without bias"
-
-
-def _not_plain(module: nn.Module) -> str | None:
-    """Returns why a layer's weight cannot be rewritten, or None."""
-    for tensor in _weights(module):
-        if tensor is None:
-            continue
-        if tensor.is_meta:
-            return "offloaded (fuse before enabling offload)"
-        if type(tensor) not in (Tensor, nn.Parameter) or type(tensor.data) is not Tensor:
-            return f"quantised ({type(tensor.data).__name__})"
-        if tensor.dtype not in _PLAIN:
-            return f"quantised ({str(tensor.dtype).removeprefix('torch.')})"
-    return None
-
-
 def _group_offloaded(model: nn.Module) -> str | None:
     registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
     if any("group_offloading" in r.hooks for r in registries if r is not None):
         return "group-offloaded, which would undo the change (fuse before enabling offload)"
     return None
-
-
-def _weights(module: Any) -> tuple[Tensor, Tensor | None]:
-    return module.weight, module.bias
 
 
 def _module(model: nn.Module, layer: str) -> nn.Module:
@@ -266,12 +213,3 @@ def _per_part(weight: Weight) -> list[float]:
     if not isinstance(weight, Mapping):
         return [float(weight)] * len(PARTS)
     return [float(weight.get(part, 1.0)) for part in PARTS]
-
-
-def _fingerprint(module: nn.Module) -> float:
-    return float(_weights(module)[0].detach().double().abs().sum())
-
-
-def _alike(fingerprint: float, module: nn.Module) -> bool:
-    """Says whether a weight is as it was; another dtype or device since may round its sum."""
-    return abs(_fingerprint(module) - fingerprint) <= 1e-9 * abs(fingerprint)

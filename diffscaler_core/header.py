@@ -16,8 +16,14 @@ MAX_HEADER = 4 * 2**20  # bytes; a real header of 1,000 layers is 0.4 MiB
 MAX_ITEMS = 2**18  # JSON values in a header; a real one has about 10 a tensor
 
 
-def raw_header(path: Path) -> bytes:
-    """Returns the header's bytes, once they are known to be few and to be one JSON object."""
+def raw_header(path: Path, most: int = MAX_HEADER, items: int = MAX_ITEMS) -> bytes:
+    """Returns the header's bytes, once they are known to be few and to be one JSON object.
+
+    Args:
+        path: The file.
+        most: The most bytes it may have.
+        items: The most JSON values.
+    """
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for ever
             raise TaskFileError(f"{path.name!r} is a folder or a device, not a task file")
@@ -25,7 +31,7 @@ def raw_header(path: Path) -> bytes:
             size = os.fstat(file.fileno()).st_size
             start = file.read(9)
             length = int.from_bytes(start[:8], "little")
-            if start[8:] == b"{" and MAX_HEADER < length <= size - 8:
+            if start[8:] == b"{" and most < length <= size - 8:
                 raise TaskFileError(f"{path.name!r} has a header of {length} bytes: no task has it")
             if start[8:] != b"{" or length > size - 8:
                 raise TaskFileError(_what_else(path.name, start, size))
@@ -34,8 +40,8 @@ def raw_header(path: Path) -> bytes:
         raise
     except OSError as error:
         raise TaskFileError(f"could not read {str(path)!r}: {error.strerror or error}") from error
-    if sum(map(raw.count, (b"{", b"[", b","))) > MAX_ITEMS:
-        raise TaskFileError(f"{path.name!r} has more than {MAX_ITEMS} header items: no task has it")
+    if sum(map(raw.count, (b"{", b"[", b","))) > items:
+        raise TaskFileError(f"{path.name!r} has more than {items} header items: no task has it")
     return raw
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .affiner import Affiner
 from .attach import Attachment
-from .control import ControlStack
+from .classes import CLASSES, ROWS, ClassRows
 from .errors import MismatchError, first_names
 from .task import CONTROL, TaskAdapter
 
@@ -26,10 +26,13 @@ def check_hotswap(
     Raises:
         MismatchError: It does not fit; the attachment is as it was.
     """
-    facts = [
+    facts: list[tuple[str, Any, Any]] = [
         (fact, old.info.get(fact, default), new.info.get(fact, default))
         for fact, default in (("activation", "relu"), ("scale_includes_bias", False))
     ]
+    tables = [task.info.get("class_table") or {} for task in (old, new)]
+    facts.append(("count of new classes", len(old.new_classes), len(new.new_classes)))
+    facts.append(("new classes' start", tables[0].get("start"), tables[1].get("start")))
     if old.is_control and new.is_control:
         known = (task.control_facts.get("activation", "relu") for task in (old, new))
         facts.append(("control's activation", *known))
@@ -70,10 +73,13 @@ def swap_tensors(attachment: Attachment, name: str, new: TaskAdapter, component:
             room.zero_()
             if part in own:
                 # the attached gain is baked into compiled code; U carries the difference
-                factor = gain / affiner.gain if part == "up" and affiner.gain else 1.0
+                before = affiner.gain if isinstance(affiner, Affiner) else 0.0
+                factor = gain / before if part == "up" and before else 1.0
                 room[tuple(map(slice, own[part].shape))].copy_(own[part].float() * factor)
     for stack in attachment.controls:
         stack.unsettle()  # type: ignore[operator]
+    for stack in attachment.classes:
+        stack.renew()  # type: ignore[operator]
 
 
 def _has_room(part: str, room: Tensor, tensor: Tensor) -> bool:
@@ -85,16 +91,19 @@ def _has_room(part: str, room: Tensor, tensor: Tensor) -> bool:
 
 
 def _layers(task: TaskAdapter, component: str) -> dict[str, Mapping[str, Tensor]]:
-    """Returns a task's tensors on one model, its control affiner's under "control.<layer>"."""
+    """Returns a task's tensors on one model; those beside its layers under their prefixes."""
     control = {f"{CONTROL}{n}": own for n, own in task.control_layers(component).items()}
-    return {**task.component_layers(component), **control}
+    classes = {f"{CLASSES}{n}": {ROWS: own} for n, own in task.class_rows(component).items()}
+    return {**task.component_layers(component), **control, **classes}
 
 
-def _affiners(attachment: Attachment, name: str) -> Mapping[str, Affiner]:
+def _affiners(attachment: Attachment, name: str) -> Mapping[str, Affiner | ClassRows]:
     slot = attachment.slot_of(name)
-    stacks: list[Any] = [*attachment.stacks, *attachment.controls]
+    stacks: list[tuple[str, Any]] = [("", stack) for stack in attachment.stacks]
+    stacks += [(CONTROL, stack) for stack in attachment.controls]
+    stacks += [(CLASSES, stack) for stack in attachment.classes]
     return {
-        f"{CONTROL if isinstance(stack, ControlStack) else ''}{stack.name}": stack.affiner_of(slot)
-        for stack in stacks
+        f"{prefix}{stack.name}": stack.affiner_of(slot)
+        for prefix, stack in stacks
         if slot in stack.slots
     }

@@ -52,6 +52,23 @@ def slice_rows(tensors: Tensors, start: int, size: int) -> dict[str, Tensor]:
     }
 
 
+def own_units(fused: Tensors, part: Tensors) -> dict[str, Tensor]:
+    """Returns the affiner of some rows without the hidden units that only other rows use; exact.
+
+    Units that no row uses (a new task's U is 0) stay.
+
+    Args:
+        fused: The affiner of all rows.
+        part: What `slice_rows` made of it.
+    """
+    if "up" not in part:
+        return dict(part)
+    keep = part["up"].any(0) | ~fused["up"].any(0)
+    if not keep.any():
+        return {name: t for name, t in part.items() if name not in ("down", "up")}
+    return {**part, "up": part["up"][:, keep], "down": part["down"][keep]}
+
+
 def fuse_rows(parts: Sequence[tuple[int, Tensors]], out_features: int) -> dict[str, Tensor]:
     """Returns one affiner for a fused layer from those of its row ranges; exact.
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
 from .affiner import affiner_from
+from .classes import ClassRows, ClassStack, class_tables
 from .control import ControlStack
 from .errors import DiffScalerError, MismatchError, first_names
 from .families import TokenForm, row_layout, token_form
@@ -28,12 +29,16 @@ class Fitted(NamedTuple):
         modules: Layer -> the model's module.
         controls: Patch embedding -> its stack.
         embeddings: Patch embedding -> the model's module.
+        classes: Table of class embeddings -> its stack.
+        tables: Table of class embeddings -> the model's module.
     """
 
     stacks: dict[str, AffinerStack]
     modules: dict[str, nn.Module]
     controls: dict[str, ControlStack]
     embeddings: dict[str, nn.Module]
+    classes: dict[str, ClassStack]
+    tables: dict[str, nn.Module]
 
 
 def fit(model: nn.Module, tasks: Mapping[str, TaskAdapter], component: str) -> Fitted:
@@ -44,19 +49,23 @@ def fit(model: nn.Module, tasks: Mapping[str, TaskAdapter], component: str) -> F
     """
     layers = {name: task.component_layers(component) for name, task in tasks.items()}
     controls = {name: task.control_layers(component) for name, task in tasks.items()}
+    rows = {name: task.class_rows(component) for name, task in tasks.items()}
     there = dict.fromkeys(c for task in tasks.values() for c in task.components)
-    if there and not any(layers[name] or controls[name] for name in tasks):
+    if there and not any(layers[name] or controls[name] or rows[name] for name in tasks):
         raise MismatchError(
             f"the tasks {list(tasks)} adapt {', '.join(there)}, none of them {component!r}"
         )
     modules = match_layers(model, tasks, layers)
     embeddings = match_embeddings(model, tasks, controls)
+    classes = match_classes(model, tasks, rows)
     own = type(model).__name__
     return Fitted(
         build_stacks(tasks, layers, modules, own),
         modules,
         build_controls(tasks, controls, embeddings, own),
         embeddings,
+        classes,
+        {name: cast(nn.Module, resolve(model, name)) for name in classes},
     )
 
 
@@ -160,6 +169,52 @@ def build_controls(
             geometry_of(module),
         )
     return stacks
+
+
+def match_classes(
+    model: nn.Module,
+    tasks: Mapping[str, TaskAdapter],
+    rows: Mapping[str, Mapping[str, Tensor]],
+) -> dict[str, ClassStack]:
+    """Returns one stack per table of class embeddings, with the rows of every task that has some.
+
+    Raises:
+        MismatchError: The model's tables are others, or tasks start from different classes.
+    """
+    bringing = {name: own for name, own in rows.items() if own}
+    if not bringing:
+        return {}
+    tables = {table.name: table for table in class_tables(model)}
+    start: dict[int, str] = {}
+    for name, own in bringing.items():
+        facts = tasks[name].info.get("class_table") or {}
+        fits = own.keys() == tables.keys() and all(
+            table.size == facts.get("size") and own[n].shape[1] == table.width
+            for n, table in tables.items()
+        )
+        if not fits:
+            raise MismatchError(
+                f"task {tasks[name].name!r} brings classes to a base of {facts.get('size')} in "
+                f"{len(own)} tables, this {type(model).__name__} has "
+                f"{next((t.size for t in tables.values()), 0)} in {len(tables)}: attach it to the "
+                f"base it was made for"
+            )
+        start.setdefault(int(facts.get("start", 0)), name)
+    if len(start) > 1:
+        raise MismatchError(
+            f"the new classes of {' and '.join(map(repr, start.values()))} start from different "
+            f"classes ({', '.join(map(str, start))}): attach them one after the other"
+        )
+    names, (first,) = list(tasks), start
+    return {
+        table.name: ClassStack(
+            table,
+            first,
+            [ClassRows(own[table.name]) for own in bringing.values()],
+            [names.index(name) for name in bringing],
+        )
+        for table in tables.values()
+    }
 
 
 def embedding_at(name: str, module: Any, form: TokenForm | None) -> Embedding:

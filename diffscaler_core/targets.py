@@ -39,12 +39,14 @@ class Target:
         out_features: C_out.
         in_features: C_in, of all groups together.
         kernel: The convolution's kernel size; empty for a Linear.
+        has_bias: Whether the layer has a bias of its own.
     """
 
     name: str
     out_features: int
     in_features: int
     kernel: tuple[int, ...] = ()
+    has_bias: bool = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,17 +58,18 @@ def as_target(name: str, module: Any) -> Target | None:
     """Returns the module as a target, or None if it can carry no affiner."""
     if not hasattr(module, "weight"):
         return None
+    has_bias = getattr(module, "bias", None) is not None
     if isinstance(getattr(module, "in_features", None), int) and isinstance(
         getattr(module, "out_features", None), int
     ):
-        return Target(name, module.out_features, module.in_features)
+        return Target(name, module.out_features, module.in_features, (), has_bias)
     kernel = getattr(module, "kernel_size", None)
     if not isinstance(kernel, tuple) or not 1 <= len(kernel) <= 3:
         return None
     channels = getattr(module, "out_channels", None), getattr(module, "in_channels", None)
     if getattr(module, "transposed", False) or not all(isinstance(c, int) for c in channels):
         return None
-    return Target(name, module.out_channels, module.in_channels, tuple(kernel))
+    return Target(name, module.out_channels, module.in_channels, tuple(kernel), has_bias)
 
 
 def find_targets(
@@ -89,7 +92,7 @@ def find_targets(
     """
     everything = list(all_targets(model))
     if isinstance(targets, str) and targets in PRESETS:
-        chosen = [t for t in everything if _in_preset(model, t.name, targets)]
+        chosen = [t for t in everything if in_preset(model, t.name, targets)]
     else:
         chosen = [t for t in everything if matches(t.name, targets)]
     if exclude is not None:
@@ -160,7 +163,12 @@ def matches(name: str, patterns: str | Sequence[str]) -> bool:
 
 
 def pattern_value(name: str, table: Mapping[str, Any] | None, default: Any) -> Any:
-    """Returns the value of the first entry whose key matches the name (regex or name ending)."""
+    """Returns the value of the entry of that name, or of the first whose key matches it.
+
+    A key matches as a regular expression for the whole name, or as its ending.
+    """
+    if table and name in table:
+        return table[name]
     for pattern, value in (table or {}).items():
         if matches(name, [pattern]) or matches(name, pattern):
             return value
@@ -212,7 +220,8 @@ def component_of(model: nn.Module) -> str:
     return "unet" if "unet" in type(model).__name__.lower() else "transformer"
 
 
-def _in_preset(model: nn.Module, name: str, preset: str) -> bool:
+def in_preset(model: nn.Module, name: str, preset: str) -> bool:
+    """Says whether a target is one of a preset's; see `find_targets`."""
     if preset == "all":
         return True
     head, _, rest = name.partition(".")

@@ -13,11 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from .affiner import ACTIVATIONS, init_affiner
-from .errors import DiffScalerError, UnknownNameError, unknown
+from .classes import CLASSES, ROWS, class_tables
+from .errors import DiffScalerError, UnknownNameError, first_names, unknown
 from .families import family_of
-from .methods import METHODS
+from .methods import METHODS, block_of, blocks_without_gamma
 from .schedule import Schedule
-from .targets import Target, as_target, component_of, find_targets, pattern_value, resolve
+from .targets import (
+    Target,
+    all_targets,
+    as_target,
+    component_of,
+    find_targets,
+    in_preset,
+    pattern_value,
+    resolve,
+)
 
 Layers = Mapping[str, Mapping[str, Tensor]]
 
@@ -41,7 +51,9 @@ class TaskAdapter:
             (N, L, D) and, where the family has one, "pooled" (N, P); `info["prompts"]` names the N.
         modelspec: Stability ModelSpec entries without their prefix (title, author, thumbnail, …).
         extras: The control affiner of a control task, "control.<component>.<embedding>.<part>"; the
-            embedding is the base's own (see `control.py`).
+            embedding is the base's own (see `control.py`). New classes of a class-conditional base,
+            "classes.<component>.<table>.rows" (N, D); `info["classes"]` numbers them (see
+            `classes.py`).
         schedule: How the task's strength goes over sampling time, None: it stays. It belongs to the
             running task and is not written to its file; what samples with the task applies it.
     """
@@ -79,7 +91,7 @@ class TaskAdapter:
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers the affiners hold, a control affiner included (stored prompts not)."""
+        """How many numbers are trained: affiners, control affiner, new classes; not the prompts."""
         layered = [t for layer in self.layers.values() for t in layer.values()]
         return sum(t.numel() for t in (*layered, *self.extras.values()))
 
@@ -91,13 +103,35 @@ class TaskAdapter:
     @property
     def components(self) -> tuple[str, ...]:
         """The pipeline components the task adapts, such as ("transformer",)."""
-        names = (*self.layers, *(name.removeprefix(CONTROL) for name in self.extras))
+        own = (name.removeprefix(CONTROL).removeprefix(CLASSES) for name in self.extras)
+        names = (*self.layers, *own)
         return tuple(dict.fromkeys(name.partition(".")[0] for name in names))
 
     @property
     def is_control(self) -> bool:
         """Says whether the task is given a control picture."""
-        return bool(self.extras)
+        return any(name.startswith(CONTROL) for name in self.extras)
+
+    @property
+    def classes(self) -> dict[str, int]:
+        """The classes it was trained on: name -> the number that the base is told."""
+        return dict(self.info.get("classes") or {})
+
+    @property
+    def new_classes(self) -> tuple[str, ...]:
+        """Names of the classes that the task brings, in the order of their numbers."""
+        size = (self.info.get("class_table") or {}).get("size", math.inf)
+        found = sorted((number, name) for name, number in self.classes.items() if number >= size)
+        return tuple(name for _, name in found)
+
+    def class_rows(self, component: str) -> dict[str, Tensor]:
+        """Returns the new classes' rows in one component, table -> (N, D)."""
+        prefix = f"{CLASSES}{component}."
+        return {
+            name[len(prefix) : -len(f".{ROWS}")]: tensor
+            for name, tensor in self.extras.items()
+            if name.startswith(prefix)
+        }
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -163,11 +197,14 @@ def new_task(
     exclude: str | Sequence[str] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     gain: float = 1.0,
+    gamma_blocks: str = "first_half",
     component: str | None = None,
     control: str | None = None,
     control_rank: int | None = None,
     control_activation: str = "identity",
     control_embedding: str = "affiner",
+    classes: Sequence[str] = (),
+    class_start: int | None = None,
     seed: int = 0,
 ) -> TaskAdapter:
     """Returns a task that changes nothing yet: attach it, train it, save it.
@@ -181,6 +218,7 @@ def new_task(
         exclude: Targets to leave out; a regular expression or a list of names.
         rank_pattern: Other ranks for some targets: {pattern: rank}; rank 0 leaves the subspace out.
         gain: s, the subspace's stored constant.
+        gamma_blocks: For "difffit": which blocks have γ, "first_half" (as the paper) or "all".
         component: "transformer", "unet", …; default by the model's class.
         control: What its control pictures show ("edges", "depth", …, in your own words); None: the
             task takes no control.
@@ -188,12 +226,14 @@ def new_task(
             express any linear map of the control's patch.
         control_activation: Of its subspace, a name in ACTIVATIONS.
         control_embedding: A name in CONTROL_EMBEDDINGS.
+        classes: Names of classes that the task brings to a class-conditional base.
+        class_start: The class that these start from; None: the base's "no class".
         seed: Seed of the random D.
 
     Raises:
         UnknownNameError: No such method, or a model whose patch embedding nobody knows.
-        DiffScalerError: No layer matches, a rank is not positive, or a pattern of `rank_pattern`
-            matches nothing.
+        DiffScalerError: No layer matches, a rank is not positive, a pattern of `rank_pattern`
+            matches nothing, or classes for a base that is told none.
     """
     if method not in METHODS:
         raise unknown("method", method, METHODS)
@@ -210,11 +250,19 @@ def new_task(
                 f"rank_pattern {pattern!r} matches none of the {len(found)} targets, for example "
                 f"{', '.join(target.name for target in found[:2]) or 'none'}"
             )
+    every = (target.name for target in all_targets(model) if chosen.only)
+    every = (name for name in every if in_preset(model, name, "blocks"))
+    plain = blocks_without_gamma(every, gamma_blocks)
     layers: dict[str, dict[str, Tensor]] = {}
     ranks: dict[str, int] = {}
     for target in found:
         own_rank = _rank_of(target, rank, rank_pattern)
-        parts = [p for p in chosen.parts_for(target.name) if p != "subspace" or own_rank]
+        left_out = chosen.only if block_of(target.name) in plain else ()
+        parts = [
+            part
+            for part in chosen.parts_for(target.name, target.has_bias)
+            if part not in left_out and (part != "subspace" or own_rank)
+        ]
         if parts:
             with torch.inference_mode(False):  # or it could never be trained
                 layers[f"{component}.{target.name}"] = init_affiner(
@@ -223,7 +271,7 @@ def new_task(
                     target.in_features,
                     target.kernel,
                     own_rank,
-                    _generator(seed, target.name),
+                    layer_generator(seed, target.name),
                 )
             ranks[target.name] = own_rank if "subspace" in parts else 0
     info = {
@@ -236,12 +284,16 @@ def new_task(
         "ranks": {"default": rank, **{n: r for n, r in ranks.items() if r not in (rank, 0)}},
         "base": base_facts(model, [t for t in found if f"{component}.{t.name}" in layers]),
         "naming": "diffusers",
+        **({"gamma_blocks": gamma_blocks} if chosen.only else {}),
     }
     extras: dict[str, Tensor] = {}
     if control is not None:
         target = embedding_of(model)
         tensors = _control_affiner(
-            target, control_embedding, control_rank, _generator(seed, f"{CONTROL}{target.name}")
+            target,
+            control_embedding,
+            control_rank,
+            layer_generator(seed, f"{CONTROL}{target.name}"),
         )
         extras = {f"{CONTROL}{component}.{target.name}.{p}": t for p, t in tensors.items()}
         info["control"] = {
@@ -251,7 +303,63 @@ def new_task(
             "gain": 1.0,
             "rank": len(tensors["down"]),
         }
-    return TaskAdapter(layers, info, extras=extras)
+    task = TaskAdapter(layers, info, extras=extras)
+    return with_classes(task, model, classes, component, class_start) if classes else task
+
+
+def with_classes(
+    task: TaskAdapter,
+    model: nn.Module,
+    names: Sequence[str],
+    component: str | None = None,
+    start: int | None = None,
+) -> TaskAdapter:
+    """Returns a task with more new classes, which are exactly the class they start from.
+
+    Args:
+        task: The task; stays as it is.
+        model: Its base.
+        names: What the classes are called. They get the numbers after the base's, and after those
+            of the new classes that the task has.
+        component: As in `new_task`.
+        start: The class that they start from; None: the task's own, else the base's "no class".
+
+    Raises:
+        DiffScalerError: The base is told no classes, has no class to start from, or a name stands
+            twice.
+    """
+    component, tables = component or component_of(model), class_tables(model)
+    known = dict(task.info.get("class_table") or {})
+    if not tables:
+        raise DiffScalerError(
+            f"{type(model).__name__} is told no class numbers, so it cannot have new classes: "
+            f"leave out classes={list(names)!r}"
+        )
+    start = known.get("start", tables[0].null) if start is None else start
+    size = tables[0].size
+    if start is None or not 0 <= start < size:
+        raise DiffScalerError(
+            f"new classes start from one of the base's classes 0 to {size - 1}, got {start}: say "
+            f"which with class_start (this {type(model).__name__} does not say which means 'none')"
+        )
+    old = task.new_classes
+    doubled = {name for name in names if name in task.classes or list(names).count(name) > 1}
+    if doubled or (old and known != {"size": size, "start": start}):
+        raise DiffScalerError(
+            f"task {task.name!r} has classes {first_names(doubled)} already"
+            if doubled
+            else f"task {task.name!r} has new classes of another base: {known}, not {size}, {start}"
+        )
+    extras = dict(task.extras)
+    with torch.inference_mode(False):
+        for table in tables:
+            name = f"{CLASSES}{component}.{table.name}.{ROWS}"
+            before = [extras[name].float()] if name in extras else []
+            fresh = torch.zeros(len(names), table.width, dtype=torch.float32, device="cpu")
+            extras[name] = torch.cat([*before, fresh])
+    numbers = {name: size + len(old) + i for i, name in enumerate(names)}
+    facts = {"classes": task.classes | numbers, "class_table": {"size": size, "start": start}}
+    return replace(task, extras=extras).with_info(**facts)
 
 
 def embedding_of(model: nn.Module) -> Target:
@@ -296,7 +404,7 @@ def _control_affiner(
         return {"down": every, "up": torch.zeros(target.out_features, size)}
 
 
-def _generator(seed: int, layer: str) -> torch.Generator:
+def layer_generator(seed: int, layer: str) -> torch.Generator:
     """Returns a layer's own random source: hosts list a model's layers in different orders."""
     digest = hashlib.sha256(f"{seed}/{layer}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

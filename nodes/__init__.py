@@ -9,6 +9,7 @@ from .apply_task import DiffScalerApplyTask
 from .combine_tasks import DiffScalerCombineTasks
 from .compare_tasks import DiffScalerCompareTasks
 from .control import DiffScalerControl
+from .extract_task import DiffScalerExtractTask
 from .folders import register_folder
 from .load_task import DiffScalerLoadTask
 from .route_tasks import DiffScalerRouteTasks
@@ -38,6 +39,7 @@ NODES: list[type[io.ComfyNode]] = [
     DiffScalerTaskConditioning,
     DiffScalerTrainTask,
     DiffScalerTrainingSettings,
+    DiffScalerExtractTask,
 ]
 
 

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from ..diffscaler_core.errors import MismatchError, first_names
 from ..diffscaler_core.families import TokenForm, token_form
-from ..diffscaler_core.layouts import Placement, Tensors, fuse_rows, slice_rows, swap_halves
+from ..diffscaler_core.layouts import (
+    Placement,
+    Tensors,
+    fuse_rows,
+    own_units,
+    slice_rows,
+    swap_halves,
+)
 from ..diffscaler_core.matching import fits
 from ..diffscaler_core.targets import Target, all_targets
 from ..diffscaler_core.task import TaskAdapter
@@ -196,7 +203,7 @@ def diffusers_layers(layers: Mapping[str, Tensors], model: Any) -> dict[str, dic
             tensors = layers[place.module]
             size = _shape(place, targets)[0]
             if size < targets[place.module].out_features:
-                tensors = _own_units(tensors, slice_rows(tensors, place.start, size))
+                tensors = own_units(tensors, slice_rows(tensors, place.start, size))
             named[name] = swap_halves(tensors) if place.swapped else dict(tensors)
     return named
 
@@ -220,7 +227,8 @@ def diffusers_targets(model: Any) -> list[Target]:
     found = []
     for name, place in placements(model).items():
         size, width, *kernel = _shape(place, native)
-        found.append(Target(name, size, width, tuple(kernel)))
+        has_bias = native[place.module].has_bias
+        found.append(Target(name, size, width, tuple(kernel), has_bias))
     return found
 
 
@@ -288,16 +296,6 @@ def _joined(parts: Sequence[tuple[int, Tensors]], out_features: int) -> dict[str
     return fuse_rows(parts, out_features)
 
 
-def _own_units(fused: Tensors, part: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leaves out the hidden units that only other rows of the fused layer use."""
-    if "up" not in part:
-        return part
-    keep = part["up"].any(0) | ~fused["up"].any(0)
-    if not keep.any():
-        return {name: t for name, t in part.items() if name not in ("down", "up")}
-    return {**part, "up": part["up"][:, keep], "down": part["down"][keep]}
-
-
 def _doubled(parts: Mapping[str, Sequence[tuple[int, Tensors]]]) -> list[str]:
     starts = {module: {start for start, _ in own} for module, own in parts.items()}
     twice = [module for module, own in parts.items() if len(own) > len(starts[module])]
@@ -346,7 +344,8 @@ def _plant(root: nn.Module, path: Sequence[str], leaf: nn.Module) -> None:
 def _hollow(target: Target) -> nn.Module:
     with torch.device("meta"):
         if not target.kernel:
-            return nn.Linear(target.in_features, target.out_features)
+            return nn.Linear(target.in_features, target.out_features, target.has_bias)
         kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(target.kernel) - 1]
-        conv: nn.Module = kind(target.in_features, target.out_features, target.kernel)
+        sizes = (target.in_features, target.out_features, target.kernel)
+        conv: nn.Module = kind(*sizes, bias=target.has_bias)
     return conv

@@ -156,6 +156,11 @@ def _applied(
     """Returns a clone with one `Entry` more, made of these facts."""
     if not task.components:
         return model
+    if task.new_classes:
+        raise DiffScalerError(
+            f"task {task.name!r} brings {len(task.new_classes)} classes to a base that is told "
+            f"class numbers, and no model here is told any: run it in diffusers"
+        )
     patcher = patcher_of(task, model, component)
     entry = Entry(task, patcher.model, strengths, **facts)
     clone = model.clone()

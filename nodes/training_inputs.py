@@ -29,6 +29,7 @@ _SHOWN = (
 #: What it shows after those; workflows know a node's inputs by their places.
 _SHOWN_LATER = (
     *("control_drop", "lr_control", "control_rank", "control_activation", "control_embedding"),
+    "gamma_blocks",
 )
 _MOST = 1_000_000
 #: Steps between samples, if no settings are connected.
@@ -82,6 +83,8 @@ _TIPS: dict[str, str] = {
     "control_activation": "Of the control's subspace.",
     "control_embedding": "affiner sees the picture through the model's own frozen embedding; copy "
     "trains a copy of that embedding, from zero.",
+    "gamma_blocks": "Of method difffit: its scale on the outputs of the first half of the blocks, "
+    "as in the paper, or of all.",
 }
 #: Better words, ranges or defaults than the table's.
 _OWN: dict[str, dict[str, Any]] = {

@@ -17,6 +17,8 @@ from ..errors import DiffScalerError
 from ..training.command.train import EXAMPLES, train
 from ..version import __version__
 from .console import err, say
+from .evaluate import EXAMPLES as EVALUATION_EXAMPLES
+from .evaluate import evaluate
 from .files import combine, info
 
 
@@ -43,6 +45,7 @@ app = typer.Typer(
 app.command(epilog=EXAMPLES, no_args_is_help=True)(train)
 app.command()(info)
 app.command()(combine)
+app.command("eval", epilog=EVALUATION_EXAMPLES, no_args_is_help=True)(evaluate)
 
 
 @app.callback(invoke_without_command=True)

@@ -14,7 +14,7 @@ from .data.prepare import TrainingData, encode_folder, encode_pictures, find_pic
 from .denoiser import Denoiser
 from .engine import DivergedError
 from .learner import TaskRun
-from .loop import train_task, train_tasks
+from .loop import choose_ranks, train_task, train_tasks
 from .objective import Objective
 from .preview import preview, sample_latents, sample_prompts
 from .progress import History, Progress
@@ -33,6 +33,7 @@ __all__ = [
     "TrainingConfig",
     "TrainingData",
     "as_denoiser",
+    "choose_ranks",
     "encode_folder",
     "encode_pictures",
     "find_pictures",

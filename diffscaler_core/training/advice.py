@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from statistics import median
 
+from ..auto_rank import RankChoice
 from ..methods import METHODS
 from .config import TrainingConfig
 from .progress import History
@@ -17,6 +18,11 @@ MANY_VIEWS = 200  # times that each picture is shown, above which it is learned 
 WIDE_RANK, FEW_FOR_WIDE = 16, 50  # a rank above, for fewer pictures than
 SMALL_BASE, SLOW_FOR_SMALL = 50_000_000, 1e-3  # parameters; learning rate
 LARGE_BASE, FAST_FOR_LARGE = 500_000_000, 5e-3
+#: Pictures per unit of the widest subspace below which ranks were chosen by too few. A subspace of
+#: dimension d can be learned from about d samples and not from fewer (arXiv:2409.02426: a phase
+#: transition at N ≥ d); half of the pictures find a direction, the other half confirm it.
+PICTURES_PER_RANK = 2
+LEAST_CONFIRMED = 0.5  # of what one half of the pictures asks for; less is mostly chance
 FEW_STEPS_FOR_CONTROL = 900  # in our toy trial no control could be judged before
 SURELY_CONTROLLED = 0.005  # of the loss: another picture's control must do that much worse
 RISES = 3  # validations in a row above the best
@@ -52,9 +58,27 @@ def before_training(
             f"a batch of {config.batch} shows the same picture twice, as there are only "
             f"{pictures}; batch {pictures} is enough"
         )
-    if config.rank > WIDE_RANK and pictures < FEW_FOR_WIDE and _has_rank(config):
+    wide = isinstance(config.rank, int) and config.rank > WIDE_RANK
+    if wide and pictures < FEW_FOR_WIDE and _has_rank(config):
         said.append(f"rank {config.rank} is wide for {pictures} pictures; 4 to 8 usually do")
     return (*said, *_control(config), *_rates(config, base_parameters))
+
+
+def about_ranks(chosen: RankChoice) -> tuple[str, ...]:
+    """Returns what speaks against ranks that were chosen by the pictures."""
+    said, widest = [], max(chosen.ranks.values(), default=0)
+    if 0 < chosen.pictures < PICTURES_PER_RANK * widest:
+        said.append(
+            f"{chosen.pictures} pictures are few to choose ranks up to {widest} by: a subspace "
+            f"takes at least {PICTURES_PER_RANK} per unit of rank; take more pictures, or a smaller "
+            f"rank_budget"
+        )
+    if chosen.confirmed < LEAST_CONFIRMED:
+        said.append(
+            f"one half of the pictures confirms {chosen.confirmed:.0%} of what the other half asks "
+            f"for, so the chosen ranks follow chance more than the task; take more pictures"
+        )
+    return tuple(said)
 
 
 def after_validation(history: History, last: bool = False) -> tuple[str, ...]:

@@ -203,6 +203,7 @@ def prompts_for(
     noise: float = 0.02,
     seed: int = 0,
     cache: str | Path | None = None,
+    task: TaskAdapter | None = None,
 ) -> Prompts:
     """Returns the prompts of some names.
 
@@ -210,15 +211,17 @@ def prompts_for(
         denoiser: The base.
         names: Prompts' names: class folders or captions.
         source: "stored" (in `words`), "encoded" (by the pipeline's text encoders), "learned" (one
-            new prompt per name, trained with the task), "labels" (class numbers), "none", or
-            "auto": stored if all names are known words, else encoded if there is a text encoder,
-            else learned if no name is known.
+            new prompt per name, trained with the task), "labels" (classes, of a base that is told
+            classes), "none", or "auto": classes where the base is told those, else stored if all
+            names are known words, else encoded if there is a text encoder, else learned if no name
+            is known.
         words: A task that stores prompts.
         null: A task that stores the null prompt "", if `words` does not.
         noise: For "learned": standard deviation of the noise that tells new prompts apart, relative
             to that of the words' own values.
         seed: Seed of that noise.
         cache: A folder for encoded texts, if the base's `text_key` names its encoders.
+        task: The task to go on from, whose new classes are known.
 
     Raises:
         DiffScalerError: The source cannot give these names.
@@ -226,7 +229,7 @@ def prompts_for(
     if not denoiser.fields:
         return Prompts(names, {}, {})
     if "label" in denoiser.fields:
-        return label_prompts(denoiser, names)
+        return label_prompts(denoiser, names, task, alone=source != "labels")
     if source == "auto":
         source = _choose(denoiser, names, words)
     if source == "stored" and words is not None:
@@ -332,25 +335,52 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([F.pad(part, (*tail, 0, longest - part.shape[1])) for part in parts])
 
 
-def label_prompts(denoiser: Denoiser, names: Sequence[str]) -> Prompts:
-    """Returns class labels: a name that is a number is that class, others take the first free ones.
+def label_prompts(
+    denoiser: Denoiser,
+    names: Sequence[str],
+    task: TaskAdapter | None = None,
+    *,
+    alone: bool = True,
+) -> Prompts:
+    """Returns classes: those that the base or the task knows, and new ones for all other names.
 
-    A single name that is no number (a folder without classes) is trained as "no class".
+    The base knows its classes by number, and by name if its pipeline has names for them. A new
+    class gets the number after the last that is known; the task then brings it (see `classes.py`).
+
+    Args:
+        denoiser: The base.
+        names: The classes' names.
+        task: The task to go on from.
+        alone: True: a single name that nobody knows (a folder without classes) is "no class".
 
     Raises:
-        DiffScalerError: More classes than the base has, or a number beyond them.
+        DiffScalerError: A number beyond the base's classes, or a base without "no class" is to be
+            trained as that.
     """
-    null = int(denoiser.null_label or 0)
-    taken = {int(name) for name in names if name.isdigit()}
-    free = (i for i in range(null) if i not in taken)
-    if len(names) > null or any(label >= null for label in taken):
-        raise DiffScalerError(f"the base knows classes 0 to {null - 1}; got {first_names(names)}")
-    if len(names) == 1 and not taken:
-        labels = [null]
+    null, size = denoiser.null_label, denoiser.class_count
+    known = dict(denoiser.class_names) | ({} if task is None else task.classes)
+    known |= {name: int(name) for name in names if name.isdigit() and name not in known}
+    last = (size if null is None else null) - 1
+    beyond = [name for name in names if name.isdigit() and int(name) > last]
+    if beyond:
+        raise DiffScalerError(f"the base knows classes 0 to {last}; got {first_names(beyond)}")
+    new = [name for name in names if name not in known]
+    if alone and len(names) == 1 and new and null is not None:
+        known[names[0]] = null
     else:
-        labels = [int(name) if name.isdigit() else next(free) for name in names]
-    fields = {"label": torch.tensor(labels)}
-    return Prompts(names, fields, {"label": torch.tensor([null])})
+        first = size + (0 if task is None else len(task.new_classes))
+        known |= {name: first + i for i, name in enumerate(new)}
+    fields = {"label": torch.tensor([known[name] for name in names])}
+    return Prompts(names, fields, {"label": torch.tensor([null or 0])})
+
+
+def new_classes(denoiser: Denoiser, prompts: Prompts) -> list[str]:
+    """Returns the names of the classes that the base has not got, in the order of their numbers."""
+    if "label" not in prompts.fields:
+        return []
+    labels = torch.as_tensor(prompts.label).tolist()
+    found = zip(labels, prompts.names, strict=True)
+    return [name for label, name in sorted(found) if label >= denoiser.class_count]
 
 
 def _choose(denoiser: Denoiser, names: Sequence[str], words: TaskAdapter | None) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ..affiner import ACTIVATIONS
+from ..auto_rank import AUTO, parsed_budget
 from ..errors import DiffScalerError, unknown
-from ..methods import METHODS
+from ..methods import GAMMA_BLOCKS, METHODS
 from ..task import CONTROL_EMBEDDINGS
 
 SCHEDULES = ("cosine", "linear", "constant", "cosine_restarts")
@@ -26,7 +27,11 @@ class TrainingConfig:
     What to adapt:
         name: The task's name.
         method: A name in METHODS.
-        rank: R of every subspace.
+        gamma_blocks: For "difffit": which blocks have γ; a name in `methods.GAMMA_BLOCKS`.
+        rank: R of every subspace; "auto": chosen per layer from the pictures (`auto_rank.py`).
+        rank_budget: For "auto", how much may be spent: 8: as many numbers as rank 8 everywhere;
+            "0.4%": that share of the base's, for scales, shifts and subspaces; "20k", "1.5M": so
+            many for those.
         targets: A preset, a regular expression, or a list of names.
         exclude: Targets to leave out.
 
@@ -37,7 +42,7 @@ class TrainingConfig:
         lr: Learning rate of the subspaces (D and U). Small bases learn best at 3e-3 to 1e-2 (as
             the pocket base does); the default is for bases of full size.
         lr_scale_shift: Of scales and shifts.
-        lr_prompts: Of learned prompts.
+        lr_prompts: Of learned prompts and new classes.
         optimizer: "adamw"; if installed "adamw8bit" (bitsandbytes) or "prodigy" (prodigyopt, which
             finds each kind of parameter's step size itself: the rates above are not used).
         schedule: "cosine" (down to a hundredth), "linear", "constant", or "cosine_restarts", each
@@ -92,7 +97,9 @@ class TrainingConfig:
 
     name: str = "task"
     method: str = "diffscaler"
-    rank: int = 8
+    gamma_blocks: str = "first_half"
+    rank: int | str = 8
+    rank_budget: int | str = 8
     targets: str | Sequence[str] = "blocks"
     exclude: str | Sequence[str] | None = None
 
@@ -154,8 +161,11 @@ class TrainingConfig:
         for field, known in CHOICES.items():
             if getattr(self, field) not in known:
                 raise unknown(field, getattr(self, field), known)
+        parsed_budget(self.rank_budget)
         for field, (low, high) in LIMITS.items():
             value = getattr(self, field)
+            if (field, value) == ("rank", AUTO):
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise DiffScalerError(f"{field} must be a number, got {value!r}")
             if not low <= value <= high:
@@ -175,6 +185,7 @@ POSITIVE = ("lr", "lr_scale_shift", "lr_prompts", "lr_control", "timestep_std", 
 #: Setting -> the names it may have.
 CHOICES: dict[str, Collection[str]] = {
     "method": METHODS,
+    "gamma_blocks": GAMMA_BLOCKS,
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
     "precision": PRECISIONS,

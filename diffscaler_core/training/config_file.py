@@ -60,7 +60,9 @@ def checked(setting: Setting, value: Any) -> Any:
         return list(value)
     if isinstance(value, int) and not isinstance(value, bool) and kind is float:
         value = float(value)
-    taken = (str, Path) if kind is Path else (kind,)
+    if setting.text and isinstance(value, str):
+        value = int(value) if value.strip().isdecimal() else value.strip()
+    taken = (str, Path) if kind is Path else (int, str) if setting.text else (kind,)
     if type(value) not in taken and not (kind is Path and isinstance(value, Path)):
         more = ", or a list of texts" if setting.many else ""
         raise DiffScalerError(f"{setting.name} must be {_KINDS[kind]}{more}, got {shown(value)}")

@@ -91,7 +91,9 @@ class Denoiser:
         decode: The inverse of `encode`.
         factor: Sides in pixels must be a multiple of this.
         size: Side of the pictures the base was made for, in pixels; None if it does not say.
-        null_label: For models of class labels: the label of "no class".
+        null_label: For models of class labels: the label of "no class"; None if they have none.
+        class_count: For models of class labels: how many they know, "no class" included.
+        class_names: For models of class labels: name -> label, as far as they have names.
         encode_text: Texts -> their condition, one row each; None without a text encoder.
         channels: Channels of the pictures.
         shape_model: The module whose layer names and shapes a new task takes; None: `model`. (A
@@ -117,6 +119,8 @@ class Denoiser:
     factor: int = 1
     size: int | None = None
     null_label: int | None = None
+    class_count: int = 0
+    class_names: Mapping[str, int] = field(default_factory=dict)
     encode_text: Callable[[list[str]], dict[str, Tensor]] | None = None
     channels: int = 3
     shape_model: nn.Module | None = None
@@ -131,6 +135,8 @@ class Denoiser:
     def __call__(self, x_t: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """Returns the model's raw output, with the tasks that are attached now (see `attached`).
 
+        Without a task, a class that only a task has is "no class".
+
         Args:
             x_t: (B, C, …).
             timestep: (B,).
@@ -140,6 +146,9 @@ class Denoiser:
         control, kept = told.pop("control", None), told.pop("control_kept", None)
         for trainable in self._worn:
             trainable.set_control(control, kept)
+        if not self._worn and "label" in told:
+            unknown = told["label"] >= self.class_count
+            told["label"] = torch.where(unknown, self.null_label or 0, told["label"])
         return self.predict(x_t, timestep, told)
 
     @property

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import DiffScalerError
 from ..files import save_task
 from ..task import TaskAdapter
-from .advice import after_validation
+from .advice import about_ranks, after_validation
 from .checkpoints import newest_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .denoiser import Denoiser, Trainable
@@ -97,6 +97,10 @@ class Engine:
         if self.launch.is_main:
             facts = {"tasks": [learner.name for learner in self.learners], "versions": versions()}
             self.folder.start(self.config, facts, self.step)
+            for learner in self.learners if self.step == 0 else ():
+                if learner.run.ranks is not None:
+                    own = learner.name if len(self.learners) > 1 else ""
+                    self.folder.ranks(learner.run.ranks, own)
 
     @torch.no_grad()
     def first_look(self) -> None:
@@ -265,7 +269,7 @@ class Engine:
                     validation=validation,
                     validation_other=other,
                     samples=self.samples(learner) if sample else None,
-                    advice=() if validation is None else after_validation(learner.history, last),
+                    advice=self._advice(learner, validation is not None),
                 )
             )
         if save:
@@ -382,8 +386,14 @@ class Engine:
         facts["prompts"] = names
         if "label" in prompts.fields:
             labels = torch.as_tensor(prompts.label).tolist()
-            facts["classes"] = dict(zip(prompts.names, labels, strict=True))
+            facts["classes"] = task.classes | dict(zip(prompts.names, labels, strict=True))
         return task.replace(conditioning=conditioning).with_info(**facts)
+
+    def _advice(self, learner: Learner, validated: bool) -> tuple[str, ...]:
+        """Returns what there is to say after this step."""
+        chosen, last = learner.run.ranks, self.step == self.config.steps
+        first = about_ranks(chosen) if chosen is not None and self.step == 1 else ()
+        return (*first, *(after_validation(learner.history, last) if validated else ()))
 
     @contextlib.contextmanager
     def _alone(self, learner: Learner) -> Iterator[None]:

@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 #: Settings that a run cannot change half-way.
 _FIXED = (
-    *("method", "rank", "targets", "exclude", "optimizer", "ema"),
+    *("method", "gamma_blocks", "rank", "rank_budget", "targets", "exclude"),
+    *("optimizer", "ema"),
     *("control", "control_rank", "control_activation", "control_embedding"),
 )
 
@@ -85,7 +86,7 @@ def training_facts(learner: Learner, step: int, seconds: float) -> dict[str, Any
         for key, value in settings.items()
         if key in always or (key not in elsewhere and value != default[key])
     }
-    history = learner.history
+    history, chosen = learner.history, learner.run.ranks
     facts = {
         **kept,
         "seed": learner.seed,
@@ -102,6 +103,13 @@ def training_facts(learner: Learner, step: int, seconds: float) -> dict[str, Any
             "validation_loss": round(history.validations[-1][1], 5),
             "best_validation_loss": round(best, 5),
             "best_step": history.best_step,
+        }
+    if chosen is not None:
+        facts["rank_choice"] = {
+            "budget": chosen.budget,
+            "spent": chosen.spent,
+            "energy": round(chosen.kept, 3),
+            "confirmed": round(chosen.confirmed, 3),
         }
     if history.others:
         facts["validation_loss_other_control"] = round(history.others[-1][1], 5)

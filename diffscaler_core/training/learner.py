@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..auto_rank import RankChoice
 from ..errors import DiffScalerError, first_names
 from ..task import TaskAdapter
 from .checkpoints import optimizer_state, restore_optimizer
@@ -48,6 +49,7 @@ class TaskRun:
         seed: Of all that is random for this task; None: the config's.
         control: What its control pictures show, "" if it takes none; None: as the task to go on
             from, else as the config says.
+        ranks: Of a new task, from `choose_ranks`; None: as the config says.
     """
 
     name: str
@@ -60,6 +62,7 @@ class TaskRun:
     prior_prompts: Prompts | None = None
     seed: int | None = None
     control: str | None = None
+    ranks: RankChoice | None = None
 
 
 def control_kind(start: TaskAdapter | None, said: str | None) -> str:
@@ -313,6 +316,7 @@ class Learner:
             "optimizers": [optimizer_state(optimizer)[1] for optimizer in self.optimizers],
             "images": len(self.run.data),
             "prompts": list(self.prompts.names),
+            "ranks": None if self.run.ranks is None else self.run.ranks.state(),
         }
 
     @torch.no_grad()

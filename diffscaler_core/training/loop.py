@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 
 import torch
 
-from ..errors import DiffScalerError
-from ..task import TaskAdapter, new_task
+from ..auto_rank import AUTO, RankChoice
+from ..errors import DiffScalerError, first_names
+from ..methods import METHODS
+from ..task import TaskAdapter, new_task, with_classes
 from .bases.pipelines import as_denoiser
-from .conditioning import Prompts, prompts_for
+from .checkpoints import newest_checkpoint
+from .conditioning import Prompts, new_classes, prompts_for
 from .config import TrainingConfig
 from .data.batches import Batches, TrainingData
 from .denoiser import Denoiser
@@ -21,7 +25,13 @@ from .engine import Engine
 from .launch import launch_of
 from .learner import Learner, TaskRun, control_kind
 from .progress import OnStep
+from .rank_choice import choose
 from .run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+#: Told the ranks that were chosen: (the task's name, ranks).
+OnRanks = Callable[[str, RankChoice], None]
 
 
 def train_task(
@@ -87,6 +97,7 @@ def train_tasks(
     folder: str | Path | RunFolder | None = None,
     resume: str = "auto",
     on_step: OnStep | None = None,
+    on_ranks: OnRanks | None = None,
     accelerator: Any = None,
 ) -> dict[str, TaskAdapter]:
     """Returns several tasks trained in one run on one frozen base, by name.
@@ -101,6 +112,7 @@ def train_tasks(
         folder: As in `train_task`.
         resume: As in `train_task`.
         on_step: Called after each step once per task, with `Progress.task` set.
+        on_ranks: Told the ranks of a task (rank "auto") when they are chosen: (its name, ranks).
         accelerator: As in `train_task`.
 
     Raises:
@@ -120,9 +132,18 @@ def train_tasks(
     for run, own in zip(runs, configs, strict=True):
         _check_validation(run, own)
     told = [_prompts_of(run, denoiser, config) for run in runs]
+    if folder is not None and not isinstance(folder, RunFolder):
+        folder = RunFolder(Path(folder), main=launch.is_main)
+    if config.rank == AUTO:
+        kept = _kept_ranks(folder if resume == "auto" else None)
+        runs = [
+            _with_ranks(replace(run, ranks=run.ranks or kept.get(run.name)),
+                        own, prompts, denoiser, launch, on_ranks)
+            for run, own, prompts in zip(runs, configs, told, strict=True)
+        ]  # fmt: skip
     tasks = {
-        run.name: _fresh(denoiser, own, run) if run.task is None else _copy(run.task, run.name)
-        for run, own in zip(runs, configs, strict=True)
+        run.name: _start(denoiser, own, run, prompts)
+        for run, own, (prompts, _) in zip(runs, configs, told, strict=True)
     }
     with denoiser.held(config.checkpointing), denoiser.attached(tasks) as trainable:
         trainable.requires_grad_(True)
@@ -133,13 +154,78 @@ def train_tasks(
             for run, prompts, own in zip(runs, told, configs, strict=True)
         ]
         with ExitStack() as closing:
-            if folder is not None and not isinstance(folder, RunFolder):
-                folder = RunFolder(Path(folder), main=launch.is_main)
             if folder is not None:
                 closing.callback(folder.close)
             engine = Engine(denoiser, trainable, learners, config, launch, folder)
             engine.begin(resume)
             return engine.train(on_step)
+
+
+def choose_ranks(
+    base: Any,
+    data: Batches,
+    config: TrainingConfig | None = None,
+    *,
+    prompts: Prompts | None = None,
+    words: TaskAdapter | None = None,
+    accelerator: Any = None,
+) -> RankChoice:
+    """Returns ranks for a task's layers, from the gradient of its pictures at the bare base.
+
+    It is what `train_task` does first when `config.rank` is "auto". `.ranks` is a `rank_pattern`
+    for `new_task`, and `TaskRun(ranks=…)` takes the choice as it is.
+
+    Args:
+        base: As in `train_task`; it stays bit for bit what it was.
+        data: The pictures.
+        config: The run's settings; `rank_budget` says how much may be spent.
+        prompts: As in `train_task`.
+        words: As in `train_task`.
+        accelerator: As in `train_task`.
+
+    Raises:
+        DiffScalerError: The budget does not suffice, or the gradient is 0 or not finite.
+    """
+    config = replace(config or TrainingConfig(), rank=AUTO)
+    denoiser, run = as_denoiser(base), TaskRun(config.name, data, prompts, words)
+    told = _prompts_of(run, denoiser, config)
+    chosen = _with_ranks(run, config, told, denoiser, launch_of(accelerator), None).ranks
+    if chosen is None:
+        raise DiffScalerError(f"method {config.method!r} has no subspaces to choose ranks for")
+    return chosen
+
+
+def _kept_ranks(folder: RunFolder | None) -> dict[str, RankChoice]:
+    """Returns the ranks of the run that a folder holds: those are not chosen a second time."""
+    found = None if folder is None else newest_checkpoint(folder.checkpoints)
+    tasks = {} if found is None else found.facts["tasks"]
+    return {name: RankChoice.of(own["ranks"]) for name, own in tasks.items() if own.get("ranks")}
+
+
+def _with_ranks(
+    run: TaskRun,
+    config: TrainingConfig,
+    prompts: tuple[Prompts, Prompts | None],
+    denoiser: Denoiser,
+    launch: Launch,
+    on_ranks: OnRanks | None,
+) -> TaskRun:
+    """Returns the run with ranks chosen, unless it has some, or has nothing to choose."""
+    subspaces = "subspace" in METHODS[config.method].parts
+    if run.task is not None or run.ranks is not None or not subspaces:
+        return run
+    if config.shard:
+        raise DiffScalerError(
+            "rank 'auto' looks at the base before it is split over devices (shard): give a rank, "
+            "or choose ranks beforehand (choose_ranks) on a machine that holds the base"
+        )
+    narrow = _start(denoiser, replace(config, rank=1), run, prompts[0])
+    with denoiser.held(config.checkpointing):
+        chosen = choose(denoiser, narrow, run, prompts, config, launch)
+    logger.info("task %r: %s", run.name, chosen.summary())
+    if on_ranks is not None:
+        on_ranks(run.name, chosen)
+    return replace(run, ranks=chosen)
 
 
 def _with_validation(run: TaskRun, config: TrainingConfig) -> TaskRun:
@@ -173,7 +259,9 @@ def _prompts_of(
             words=run.words,
             noise=config.prompt_noise,
             seed=seed,
+            task=run.task,
         )
+    _check_drop(denoiser, prompts, config)
     for data in (run.data, run.validation):
         if data is not None and prompts.names != data.prompts:
             raise DiffScalerError(f"prompts {prompts.names} are not the data's {data.prompts}")
@@ -184,6 +272,11 @@ def _prompts_of(
         raise DiffScalerError(
             "the prior pictures' prompts must be known to the base (stored or encoded), not learned"
         )
+    if unknown := new_classes(denoiser, others):
+        raise DiffScalerError(
+            f"the prior pictures' classes must be known to the base; it has no "
+            f"{first_names(unknown)}: name their folders by number"
+        )
     return prompts, others
 
 
@@ -191,25 +284,60 @@ def _control_of(run: TaskRun, config: TrainingConfig) -> str:
     return control_kind(run.task, (config.control or None) if run.control is None else run.control)
 
 
-def _fresh(denoiser: Denoiser, config: TrainingConfig, run: TaskRun) -> TaskAdapter:
-    seed = config.seed if run.seed is None else run.seed
-    return fresh_task(denoiser, replace(config, name=run.name, seed=seed))
+def _check_drop(denoiser: Denoiser, prompts: Prompts, config: TrainingConfig) -> None:
+    if "label" in prompts.fields and denoiser.null_label is None and config.drop:
+        raise DiffScalerError(
+            f"drop {config.drop:g} leaves classes out, but this base has no class for that: set "
+            f"drop to 0 (or say which class means 'none': Denoiser.null_label)"
+        )
 
 
-def fresh_task(denoiser: Denoiser, config: TrainingConfig) -> TaskAdapter:
-    """Returns the task that a run starts from; it changes nothing yet."""
+def _start(
+    denoiser: Denoiser, config: TrainingConfig, run: TaskRun, prompts: Prompts
+) -> TaskAdapter:
+    """Returns the task that a run starts from, with all classes that it is shown."""
+    new = new_classes(denoiser, prompts)
+    if run.task is None:
+        seed = config.seed if run.seed is None else run.seed
+        return fresh_task(denoiser, replace(config, name=run.name, seed=seed), new, run.ranks)
+    task = _copy(run.task, run.name)
+    more = [name for name in new if name not in task.new_classes]
+    if not more:
+        return task
+    start = None if task.new_classes else denoiser.null_label
+    return with_classes(task, denoiser.model, more, denoiser.component, start)
+
+
+def fresh_task(
+    denoiser: Denoiser,
+    config: TrainingConfig,
+    classes: Sequence[str] = (),
+    ranks: RankChoice | None = None,
+) -> TaskAdapter:
+    """Returns the task that a run starts from; it changes nothing yet.
+
+    Args:
+        denoiser: The base.
+        config: The run's settings.
+        classes: Names of the classes that the task brings; they start from `null_label`.
+        ranks: For rank "auto"; None: the method has no subspaces.
+    """
     return new_task(
         denoiser.model if denoiser.shape_model is None else denoiser.shape_model,
         config.method,
-        config.rank,
+        config.rank if isinstance(config.rank, int) else 1 if ranks is None else ranks.usual,
         config.targets,
         config.name,
+        rank_pattern=None if ranks is None else ranks.ranks,
         exclude=config.exclude,
         component=denoiser.component,
         control=config.control or None,
         control_rank=config.control_rank or None,
         control_activation=config.control_activation,
         control_embedding=config.control_embedding,
+        classes=classes,
+        class_start=denoiser.null_label,
+        gamma_blocks=config.gamma_blocks,
         seed=config.seed,
     )
 

@@ -26,6 +26,7 @@ _RATES = {
     "up": "lr",
     "context": "lr_prompts",
     "pooled": "lr_prompts",
+    "rows": "lr_prompts",
 }
 
 

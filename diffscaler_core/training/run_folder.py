@@ -5,6 +5,7 @@
     samples/step-000100.png    pictures drawn on the way
     checkpoints/               what a run resumes from (see `checkpoints.py`)
     curve.png                  the losses, if matplotlib is installed
+    ranks.png                  the ranks that were chosen (rank "auto"), likewise
     <name>-best.safetensors    the task with the lowest validation loss
     <name>.safetensors         the finished task, if no other place was given
 
@@ -26,6 +27,7 @@ from typing import Any
 from torch import Tensor
 
 from ..atomic import write_whole
+from ..auto_rank import RankChoice
 from .config import TrainingConfig
 from .config_file import dump
 from .progress import History, Progress
@@ -166,6 +168,28 @@ class RunFolder:
             return None
         with self._disk():
             return _write(self.path / "curve.png", buffer.getvalue())
+        return None
+
+    def ranks(self, choice: RankChoice, task: str = "") -> Path | None:
+        """Draws chosen ranks into ranks.png; None if that cannot be done here.
+
+        Args:
+            choice: The ranks.
+            task: Whose they are, where a run trains several.
+        """
+        try:
+            from .rank_chart import draw_ranks
+
+            buffer = io.BytesIO()
+            draw_ranks(choice, buffer, title=task or self.name)
+        except ImportError:  # no matplotlib
+            return None
+        except Exception as error:  # a picture is worth no run
+            logger.warning("ranks.png could not be drawn: %s", error)
+            return None
+        with self._disk():
+            name = f"ranks-{plain(task)}.png" if task else "ranks.png"
+            return _write(self.path / name, buffer.getvalue())
         return None
 
     def close(self) -> None:

@@ -44,6 +44,7 @@ class Setting:
         many: A list of texts is taken as well.
         common: Shown first in `--help`.
         flags: Other flags than `--name`.
+        text: True: a text is taken as well, in place of a whole number.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Setting:
     many: bool = False
     common: bool = False
     flags: tuple[str, ...] = ()
+    text: bool = False
 
 
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(TrainingConfig)}
@@ -73,7 +75,9 @@ SETTINGS: dict[str, Setting] = {
         Setting("out", "", "The task file to write.", Path, common=True, flags=("--out", "-o")),
         _of_config("name", "task", "The task's name; default: the file's.", common=True),
         _of_config("method", "task", "Which parts on which layers."),
-        _of_config("rank", "task", "Width of the new subspaces.", common=True),
+        _of_config("gamma_blocks", "task", "Of method difffit: which blocks have its γ."),
+        _of_config("rank", "task", "Width of the new subspaces, or auto.", common=True, text=True),
+        _of_config("rank_budget", "task", "Of rank auto: a rank, 0.4%, 20k, 1.5M.", text=True),
         _of_config("targets", "task", "blocks, attention, mlp, all, or a pattern.", many=True),
         _of_config("exclude", "task", "Targets to leave out: a pattern.", many=True),
         Setting("start", "task", "Go on from this task file.", Path, flags=("--start", "--from")),

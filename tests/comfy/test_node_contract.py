@@ -50,6 +50,9 @@ FROZEN = {
         "author",
         "description",
     ],
+    "DiffScalerExtractTask": [
+        *("tuned", "base", "name", "rank", "energy", "scale", "targets", "exclude"),
+    ],
     "DiffScalerTaskConditioning": ["task", "prompt"],
     "DiffScalerTrainTask": [
         *("model", "name", "folder", "resolution", "method", "rank", "steps", "batch_size"),
@@ -67,6 +70,7 @@ FROZEN = {
         *("validate_every", "validation_times", "sample_every", "sample_steps", "guidance"),
         *("save_every", "keep", "precision", "checkpointing", "keep_latents"),
         *("control_drop", "lr_control", "control_rank", "control_activation", "control_embedding"),
+        "gamma_blocks",
     ],
 }
 

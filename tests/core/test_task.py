@@ -58,9 +58,13 @@ def test_parts_lie_where_the_method_says(model):
     assert keys["scale_shift"] == {frozenset(("scale", "shift"))}
     assert keys["bitfit"] == {frozenset(("shift",))}
     assert keys["lora"] == {frozenset(("down", "up"))}
-    assert keys["difffit"] == {frozenset(("shift",)), frozenset(("scale", "shift"))}
+    assert keys["difffit"] == {frozenset(("shift",)), frozenset(("scale",))}
     scaled = [n for n, t in layers["difffit"].items() if "scale" in t]
-    assert [n.split(".", 3)[3] for n in scaled] == ["attn.to_out.0"] * 2
+    assert scaled == ["transformer.transformer_blocks.0.attn.to_out.0"]
+    biased = {
+        f"transformer.{n}" for n, m in model.named_modules() if getattr(m, "bias", None) is not None
+    }
+    assert set(layers["bitfit"]) == {n for n in biased if "blocks" in n}
 
 
 def test_a_prompts_task_adapts_no_layer(model, x):

@@ -80,8 +80,9 @@ def test_a_text_encoder_is_asked_once_for_each_text(sd3):
 def test_class_labels_number_themselves(denoiser):
     if "label" not in denoiser.fields:
         pytest.skip("no class labels here")
-    assert label_prompts(denoiser, ["cat", "1", "dog"]).label.tolist() == [0, 1, 2]
+    assert label_prompts(denoiser, ["cat", "1", "dog"]).label.tolist() == [11, 1, 12]
     assert label_prompts(denoiser, ["anything"]).label.tolist() == [10]
+    assert label_prompts(denoiser, ["anything"], alone=False).label.tolist() == [11]
     assert label_prompts(denoiser, ["anything"]).null_label.tolist() == [10]
     with pytest.raises(DiffScalerError, match="classes 0 to 9"):
         label_prompts(denoiser, ["12", "3"])

@@ -77,6 +77,10 @@ def _unet(model: Any, x: Tensor, t: Tensor, c: Condition, site: Site) -> Tensor:
     return model(x, t, return_dict=False)[0]  # type: ignore[no-any-return]
 
 
+def _unet_classes(model: Any, x: Tensor, t: Tensor, c: Condition, site: Site) -> Tensor:
+    return model(x, t, class_labels=c["label"], return_dict=False)[0]  # type: ignore[no-any-return]
+
+
 def _unet_condition(model: Any, x: Tensor, t: Tensor, c: Condition, site: Site) -> Tensor:
     return model(x, t, encoder_hidden_states=c["context"].to(x.dtype), return_dict=False)[0]  # type: ignore[no-any-return]
 
@@ -256,7 +260,7 @@ def _z_image(model: Any, x: Tensor, t: Tensor, c: Condition, site: Site) -> Tens
 
 _TEXT = ("context", "mask")
 _POOLED = ("context", "pooled")
-#: Family -> how it is called. SDXL is a family of its own here.
+#: Family -> how it is called. SDXL is a family of its own here, and so is a U-Net of classes.
 CALLS: dict[str, FamilyCall] = {
     "sd3": FamilyCall(_sd3, _POOLED),
     "flux": FamilyCall(_flux, _POOLED),
@@ -273,4 +277,5 @@ CALLS: dict[str, FamilyCall] = {
     "sdxl": FamilyCall(_sdxl, _POOLED),
     "unet2d_condition": FamilyCall(_unet_condition, ("context",)),
     "unet2d": FamilyCall(_unet),
+    "unet2d_classes": FamilyCall(_unet_classes, ("label",)),
 }

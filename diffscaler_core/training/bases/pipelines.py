@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ...autoencoder import vae_decode, vae_encode
+from ...classes import class_tables
 from ...errors import DiffScalerError, unknown
 from ...families import Family, family_of
 from ...targets import component_of
@@ -41,6 +42,8 @@ def as_denoiser(base: Any) -> Denoiser:
     texts = TEXTS.get(name) if _has_text_encoder(base) else None
     vae = getattr(base, "vae", None)
     pixels = _pixels_per_latent(base, vae)
+    tables = class_tables(model) if "label" in call.fields else ()
+    unguided = bool(tables) and tables[0].null is None
     scheduler, side = getattr(base, "scheduler", None), _side(base, model)
     site = Site(pixels, {} if scheduler is None else dict(scheduler.config))
     return Denoiser(
@@ -53,12 +56,14 @@ def as_denoiser(base: Any) -> Denoiser:
         decode=None if vae is None else vae_decode(vae),
         factor=(1 if vae is None else pixels) * _patch(family, model),
         size=None if side is None else side * (1 if vae is None else pixels),
-        null_label=_null_label(model) if "label" in call.fields else None,
+        null_label=tables[0].null if tables else None,
+        class_count=tables[0].size if tables else 0,
+        class_names=dict(getattr(base, "labels", None) or {}),
         encode_text=None if texts is None else lambda words: texts(base, words),
         channels=3 if vae is not None else _channels(family, model),
         encoder_key=encoder_key(vae) if isinstance(vae, nn.Module) else None,
         text_key=None if texts is None else _text_key(base),
-        guided=not getattr(model.config, "guidance_embeds", False),
+        guided=not getattr(model.config, "guidance_embeds", False) and not unguided,
     )
 
 
@@ -100,7 +105,11 @@ def _call_of(family: Family, model: Any) -> tuple[str, FamilyCall]:
         name = "sdxl"
     elif name == "unet2d_condition":
         _refuse(added is not None, model, f"{added!r} conditions")
+        told = getattr(config, "class_embed_type", None) or getattr(config, "num_class_embeds", 0)
+        _refuse(bool(told), model, "class conditions")
+    elif name == "unet2d":
         _refuse(bool(getattr(config, "class_embed_type", None)), model, "class conditions")
+        name += "_classes" if getattr(config, "num_class_embeds", None) else ""
     elif name == "sana":
         _refuse(bool(getattr(config, "guidance_embeds", False)), model, "a TrigFlow clock (Sprint)")
     if name not in CALLS:
@@ -173,8 +182,3 @@ def _side(pipe: Any, model: Any) -> int | None:
         if isinstance(side, int):
             return side
     return None
-
-
-def _null_label(model: Any) -> int:
-    """DiT's "no class" is the entry after its last class (pipeline_dit.py uses 1000 of 1000)."""
-    return int(model.config.num_embeds_ada_norm)

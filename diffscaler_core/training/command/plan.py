@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ...auto_rank import RankChoice
 from ...families import FAMILIES
-from ...task import TaskAdapter
-from ..conditioning import Prompts
+from ...task import CONTROL, TaskAdapter
+from ..conditioning import Prompts, new_classes
 from ..config import TrainingConfig
 from ..data.batches import Batches
 from ..denoiser import Denoiser
-from ..loop import fresh_task
+from ..learner import TaskRun
+from ..loop import fresh_task, train_tasks
 from ..progress import Progress
 
 #: Optimiser -> bytes it keeps per parameter beside the float32 parameter and its gradient.
@@ -42,6 +44,7 @@ class Plan:
         layers: Layers that get an affiner.
         parts: Part -> how many numbers are trained ("prompts" among them).
         control: What its control pictures show, and how they are embedded; "": none.
+        ranks: Which ranks were chosen, in short; "": one rank for all layers.
         file_bytes: Of the task file, roughly.
         pictures: How many there are.
         shape: Of one clean sample, (C, h, w).
@@ -71,6 +74,7 @@ class Plan:
     peak_bytes: int | None = None
     device: str = "cpu"
     control: str = ""
+    ranks: str = ""
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -100,6 +104,7 @@ def plan_task(
     data: Batches,
     prompts: Prompts,
     *,
+    ranks: RankChoice | None = None,
     save_bytes: int = 4,
     processes: int = 1,
 ) -> Plan:
@@ -110,10 +115,11 @@ def plan_task(
         config: The run's settings.
         data: Its pictures.
         prompts: What the base is told about them.
+        ranks: For rank "auto", from `choose_ranks`.
         save_bytes: Bytes per number in the file: 4, or 2.
         processes: Devices that share a batch.
     """
-    task = fresh_task(denoiser, config)
+    task = fresh_task(denoiser, config, new_classes(denoiser, prompts), ranks)
     learned = sum(p.numel() for p in prompts.parameters() if p.requires_grad)
     parts = {**_parts(task), **({"prompts": learned} if learned else {})}
     trained = sum(parts.values())
@@ -139,6 +145,7 @@ def plan_task(
         activation_bytes=activation_bytes(denoiser, config, task, data, prompts) * own,
         device=str(denoiser.device),
         control=_control(task),
+        ranks="" if ranks is None else ranks.summary(),
     )
 
 
@@ -189,14 +196,13 @@ def time_steps(
     data: Batches,
     prompts: Prompts,
     accelerator: Any = None,
+    ranks: RankChoice | None = None,
 ) -> tuple[float, int | None]:
     """Returns (seconds of one step, peak bytes or None): three real steps, on a task let go again.
 
     The first step is not timed. Memory is measured on CUDA only: a process on a CPU holds much more
     than the run.
     """
-    from ..loop import train_task
-
     cuda = denoiser.device.type == "cuda"
     ends: list[float] = []
 
@@ -216,7 +222,8 @@ def time_steps(
         validation_share=0.0,
     )
     own = copy.deepcopy(prompts)  # learned ones would move
-    train_task(denoiser, data, short, prompts=own, on_step=on_step, accelerator=accelerator)
+    run = TaskRun(config.name, data, own, ranks=ranks)
+    train_tasks(denoiser, [run], short, on_step=on_step, accelerator=accelerator)
     peak = torch.cuda.max_memory_allocated(denoiser.device) if cuda else None
     return (ends[-1] - ends[0]) / max(1, len(ends) - 1), peak
 
@@ -245,6 +252,7 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         ("task", f"{plan.name!r}: {plan.method}"),
         ("base", f"{plan.base}, {plan.base_parameters:,} parameters"),
         ("layers", f"{plan.layers:,}"),
+        *([("ranks", plan.ranks)] if plan.ranks else ()),
         *([("control", plan.control)] if plan.control else ()),
         ("trained", f"{plan.trained:,} parameters, {100 * plan.share:.2f} % of the base"),
         ("", trained),
@@ -288,14 +296,16 @@ def _parts(task: TaskAdapter) -> dict[str, int]:
     for layer in task.layers.values():
         for part, tensor in layer.items():
             counts[part if part in counts else "subspace"] += tensor.numel()
-    counts["control"] = sum(tensor.numel() for tensor in task.extras.values())
+    for name, tensor in task.extras.items():
+        kind = "control" if name.startswith(CONTROL) else "classes"
+        counts[kind] = counts.get(kind, 0) + tensor.numel()
     return {part: count for part, count in counts.items() if count}
 
 
 def _control(task: TaskAdapter) -> str:
     if not task.is_control:
         return ""
-    (embedding,) = {name.rpartition(".")[0] for name in task.extras}
+    (embedding,) = {n.rpartition(".")[0] for n in task.extras if n.startswith(CONTROL)}
     facts, layer = task.info["control"], embedding.split(".", 2)[2]
     return f"{facts['kind']}, through {layer}, rank {facts['rank']}"
 

@@ -10,7 +10,7 @@ from ...errors import DiffScalerError, first_names
 from ...files import load_task
 from ...task import TaskAdapter
 from ..bases.load import default_words
-from ..conditioning import prompts_for
+from ..conditioning import new_classes, prompts_for
 from ..data.batches import with_one_table
 from ..data.controls import CONTROLS
 from ..data.prepare import TrainingData, encode_folder
@@ -102,9 +102,9 @@ def load_run(
         prior = encoded(task.prior, name=Path(task.prior).name, kind="")
     prompts = prompts_for(
         denoiser, data.prompts, task.prompts, words=words, noise=config.prompt_noise,
-        seed=config.seed, cache=settings.cache,
+        seed=config.seed, cache=settings.cache, task=start,
     )  # fmt: skip
-    if prompts.learned:
+    if prompts.learned or new_classes(denoiser, prompts):
         _refuse_untrained(data)
     return TaskRun(
         task.name, data, prompts, words, start,
@@ -181,7 +181,7 @@ def _streamed(
 
 
 def _refuse_untrained(data: TrainingData) -> None:
-    """Refuses to learn a prompt that no training picture has."""
+    """Refuses to learn a prompt or class that no training picture has."""
     shown = set(data.index.tolist())
     never = [name for i, name in enumerate(data.prompts) if i not in shown]
     if never:

@@ -14,8 +14,10 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
+from ...auto_rank import AUTO
 from ...errors import DiffScalerError
 from ...files import save_task
+from ...methods import METHODS
 from ...task import TaskAdapter
 from ..advice import before_training
 from ..bases.load import DTYPES, load_base
@@ -25,7 +27,7 @@ from ..config_file import read_config
 from ..denoiser import Denoiser
 from ..engine import DivergedError
 from ..learner import TaskRun
-from ..loop import train_tasks
+from ..loop import choose_ranks, train_tasks
 from ..progress import Progress, by_noise
 from ..run_folder import RunFolder
 from ..settings import SECTIONS, SETTINGS, RunSettings, Setting
@@ -128,15 +130,21 @@ def _print_plan(job: _Job) -> None:
     for run in job.runs:
         config = replace(settings.config, name=run.name, control=run.control or "")
         assert run.prompts is not None  # `load_run` looks them up
+        ranks = None
+        if config.rank == AUTO and "subspace" in METHODS[config.method].parts:
+            ranks = choose_ranks(job.denoiser, run.data, config, prompts=run.prompts)
         plan = plan_task(
             job.denoiser,
             config,
             run.data,
             run.prompts,
+            ranks=ranks,
             save_bytes=DTYPES[settings.save_dtype].itemsize,
             processes=processes,
         )
-        seconds, peak = time_steps(job.denoiser, config, run.data, run.prompts, job.accelerator)
+        seconds, peak = time_steps(
+            job.denoiser, config, run.data, run.prompts, job.accelerator, ranks=ranks
+        )
         plans.append(replace(plan, step_seconds=seconds, peak_bytes=peak))
     if job.main:
         typer.echo(format_plan(plans))
@@ -163,6 +171,7 @@ def _run(job: _Job) -> tuple[dict[str, TaskAdapter], dict[str, list[Tensor]], in
                 folder=job.folder,
                 resume=settings.resume,
                 on_step=on_step,
+                on_ranks=lambda name, ranks: display.say(f"{name}: {ranks.report()}"),
                 accelerator=job.accelerator,
             )
         except DivergedError as error:
@@ -291,12 +300,13 @@ def _flag(setting: Setting) -> Any:
     if setting.kind is bool:
         names = (f"{names[0]}/--no-{names[0][2:]}",)
     choices = f" ({', '.join(setting.choices)})" if setting.choices else ""
+    kind = str if setting.text else setting.kind
     return Annotated[
-        setting.kind | None,
+        kind | None,
         typer.Option(
             *names,
             help=f"{setting.help.rstrip('.')}{choices}{shown}.",
-            metavar=_METAVARS[setting.kind],
+            metavar=_METAVARS[kind],
             rich_help_panel=panel,
         ),
     ]
