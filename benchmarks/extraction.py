@@ -5,9 +5,9 @@
 
 Every weight of the pocket base is trained on one drawn style, by the trainer that trains tasks, at
 each of the rates; the best by its loss on unseen pictures is kept in .cache, so that later runs
-only measure (what is in the JSON file already is kept). Tasks of several ranks are extracted from it and put on the base: how far are their
-weights, their loss on pictures nobody trained on, and their pictures from the same noise from the
-fine-tuned model's own?
+only measure (what the JSON file has already is kept). Tasks of several ranks are extracted from it
+and put on the base: how far are their weights, their loss on pictures nobody trained on, and their
+pictures from the same noise from the fine-tuned model's own?
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from diffscaler_core.training.baselines import train_baseline
 from diffscaler_core.training.preview import sample_latents
 
 #: Pictures trained on, validated on, compared with, and made; the first three have own seeds.
-TRAINED, VALIDATED, REFERENCES, MADE = 240, 96, 960, 480
+TRAINED, VALIDATED, REFERENCES, MADE = 240, 96, 960, 288
 SHOWN = 8  # of the made ones that are kept for the picture
 SAMPLING_STEPS = 15
 
@@ -54,6 +54,7 @@ def denoiser_of(base: str) -> Denoiser:
         factor=8,
         size=SIDE,
         null_label=NULL,
+        class_count=NULL + 1,
     )
 
 
@@ -98,13 +99,15 @@ def features(latents: Tensor) -> Tensor:
 
 
 def _decoded(latents: Tensor) -> Tensor:
+    """Returns pictures in −1..1; in bfloat16, which moves features by less than a hundredth."""
     decode = _decoder()
-    return torch.cat([decode(part) for part in latents.float().split(64)])
+    with torch.autocast("cpu", torch.bfloat16):
+        return torch.cat([decode(part).float() for part in latents.float().split(96)])
 
 
 @cache
 def _decoder() -> Any:
-    return vae_decode(load_vae(POCKET))
+    return vae_decode(load_vae(POCKET).to(memory_format=torch.channels_last))
 
 
 @cache
@@ -200,27 +203,23 @@ def cell(
         return json.loads(path.read_text())  # type: ignore[no-any-return]
     denoiser = denoiser_of(base)
     facts: dict[str, Any] = {"base": base, "method": key, "set": name, "rate": rate, "seed": seed}
+    facts["parameters"] = 0
     latents = None
-    if key == "base":
-        with denoiser.held():
-            scores, latents = score(denoiser, name, seed)
-        facts |= {"parameters": 0, "seconds": 0.0, **scores}
-    else:
+    done: Any = None
+    if key != "base":
         try:
             done, seconds = train(denoiser, ROWS[key], base, name, rate, seed)
         except DivergedError as error:
-            facts |= {"diverged": str(error), "validation": 9.0, "fd": 1e9}
+            return kept(path, facts | {"diverged": str(error), "validation": 9.0})
+        facts |= {"parameters": done.num_parameters, "seconds": seconds}
+    with denoiser.held() if done is None else worn(denoiser, done):
+        if scored:
+            scores, latents = score(denoiser, name, seed)
         else:
-            facts |= {"parameters": done.num_parameters, "seconds": seconds}
-            with worn(denoiser, done):
-                if scored:
-                    scores, latents = score(denoiser, name, seed)
-                    facts |= scores
-                else:
-                    own = data_of(name, VALIDATED, 32)
-                    facts["validation"] = validation_loss(
-                        denoiser, own, prompts_of(name), batch=96, held=True
-                    )
+            own = data_of(name, VALIDATED, 32)
+            loss = validation_loss(denoiser, own, prompts_of(name), batch=96, held=True)
+            scores = {"validation": loss}
+    facts |= scores
     if latents is not None and seed == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({"latents": latents.half().contiguous()}, path.with_suffix(".safetensors"))

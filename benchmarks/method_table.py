@@ -23,10 +23,10 @@ INNER = {
     "dit": r"transformer_blocks\.\d+\.(attn1|ff)\..*",
     "unet": r"(down|mid|up)_block.*(conv\d?|conv_shortcut|to_[qkv]|to_out\.0)",
 }
-STEPS, BATCH = 300, 32
-LOW_RANK = (1e-3, 3e-3, 1e-2, 3e-2)
-VECTORS = (3e-3, 1e-2, 3e-2, 1e-1)
-FULL = (1e-4, 3e-4, 1e-3, 3e-3)
+STEPS, BATCH = 200, 32
+#: The learning rates there are, and where the search begins for each kind of row.
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+LOW_RANK, VECTORS, FULL = (3e-3, 1e-2), (1e-2, 3e-2), (3e-4, 1e-3)
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Method:
 
     Attributes:
         title: What it is called.
-        rates: Learning rates to try.
+        rates: Learning rates to try first, of RATES.
         method: A name in `diffscaler_core.METHODS`; "" for a baseline.
         rank: Of the subspaces; per base where the counts of parameters need it.
         inner: True: on the layers of INNER; False: on all of the blocks'.
@@ -47,7 +47,7 @@ class Method:
         vector_rate: Rate of scales and shifts, as a multiple of the subspaces'.
         config: Other settings of the training.
         bases: The bases it runs on.
-        sets: The sets it runs on; None: all.
+        seeds: How many seeds it runs with.
     """
 
     title: str
@@ -63,7 +63,7 @@ class Method:
     vector_rate: float = 3.0
     config: Mapping[str, Any] = field(default_factory=dict)
     bases: tuple[str, ...] = ("dit", "unet")
-    sets: tuple[str, ...] | None = None
+    seeds: int = 3
 
     def training(self, base: str, rate: float, seed: int) -> TrainingConfig:
         """Returns the settings of one run.
@@ -112,7 +112,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "full": Method("full fine-tuning", FULL, baseline="full"),
     "ours": Method("diffscaler, rank 1", method="diffscaler", rank=1),
-    "lora": Method("LoRA, rank 2", method="lora", rank=2),
+    "lora": Method("LoRA, rank 2", method="lora", rank=2, bases=("dit",)),
     "ours_wide": Method("diffscaler, rank 7", method="diffscaler", rank=7),
     "lora_wide": Method("LoRA, rank 8", method="lora", rank=8),
     "scale_shift": Method("scale + shift, all of the blocks", VECTORS, "scale_shift", inner=False),
@@ -123,20 +123,23 @@ METHODS: dict[str, Method] = {
         baseline="peft_lora",
         settings={"r": 2, "lora_alpha": 2},
         bases=("dit",),
+        seeds=1,
     ),
     "peft_dora": Method(
         "DoRA by PEFT, rank 2",
         baseline="peft_dora",
         settings={"r": 2, "lora_alpha": 2},
         bases=("dit",),
+        seeds=1,
     ),
     "peft_oft": Method(
         "OFT by PEFT, blocks of 8",
         baseline="peft_oft",
         settings={"oft_block_size": 8},
         bases=("dit",),
+        seeds=1,
     ),
-    "peft_ia3": Method("IA³ by PEFT", VECTORS, baseline="peft_ia3", bases=("dit",)),
+    "peft_ia3": Method("IA³ by PEFT", VECTORS, baseline="peft_ia3", bases=("dit",), seeds=1),
 }
 
 
@@ -149,7 +152,7 @@ def _ablation() -> dict[str, Method]:
     affine = {"scale": ("scale",), "shift": ("shift",), "scale_shift": ("scale", "shift")}
     rows = {
         f"only_{name}": Method(
-            " + ".join(parts), (1e-2, 3e-2), "diffscaler", 1, parts=parts, bases=("dit",)
+            " + ".join(parts), VECTORS, "diffscaler", 1, parts=parts, bases=("dit",)
         )
         for name, parts in affine.items()
     }
@@ -160,7 +163,7 @@ def _ablation() -> dict[str, Method]:
         ):
             rows[f"{prefix}_{activation}_{rank}"] = Method(
                 f"{title}, {activation}, rank {rank}",
-                (3e-3, 1e-2),
+                LOW_RANK,
                 "diffscaler",
                 rank,
                 parts=parts,

@@ -26,16 +26,16 @@ from method_incremental import incremental
 from method_report import report
 from method_runs import cell
 from method_sets import SETS
-from method_table import ABLATION, ABLATION_SETS, METHODS, ROWS, TUNED_ON
+from method_table import ABLATION, ABLATION_SETS, METHODS, RATES, ROWS, TUNED_ON
 
 SEEDS = (0, 1, 2)
 BASES = ("dit", "unet")
 
 
 def rate_of(base: str, key: str, sets: Sequence[str] = TUNED_ON) -> float:
-    """Returns the rate with the best mean validation loss over some sets, trying all of the row's.
+    """Returns the rate of RATES with the best mean validation loss over some sets.
 
-    A best rate at the end of the list is not trusted: the next one outwards is tried as well.
+    The row's own are tried first, then neighbours of the best, until both sides of it are worse.
     """
     row = ROWS[key]
 
@@ -43,18 +43,18 @@ def rate_of(base: str, key: str, sets: Sequence[str] = TUNED_ON) -> float:
         # relative to the base's own, or the harder set would decide alone
         return fmean(
             cell(base, key, name, rate, 0, scored=False)["validation"]
-            / cell(base, "base", name, 0, 0)["validation"]
+            / cell(base, "base", name, 0, 0, scored=False)["validation"]
             for name in sets
         )
 
     tried = {rate: loss(rate) for rate in row.rates}
-    while len(tried) < 2 * len(row.rates):
-        best, rates = min(tried, key=tried.__getitem__), sorted(tried)
-        if best not in (rates[0], rates[-1]):
-            break
-        further = float(f"{best * (3.1623 if best == rates[-1] else 1 / 3.1623):.0e}")
-        tried[further] = loss(further)
-    return min(tried, key=tried.__getitem__)
+    while True:
+        best = min(tried, key=tried.__getitem__)
+        at = RATES.index(best)
+        further = [rate for rate in RATES[max(0, at - 1) : at + 2] if rate not in tried]
+        if not further:
+            return best
+        tried |= {rate: loss(rate) for rate in further}
 
 
 def tuned(bases: tuple[str, ...]) -> Iterator[tuple[str, str]]:
@@ -69,7 +69,7 @@ def cells(bases: tuple[str, ...]) -> Iterator[tuple[str, str, str, int]]:
     for base, seed in itertools.product(bases, SEEDS):
         for key, name in itertools.product(["base", *METHODS], SETS):
             row = METHODS.get(key)
-            if row is None or (base in row.bases and (row.sets is None or name in row.sets)):
+            if row is None or (base in row.bases and seed < row.seeds):
                 yield base, key, name, seed
 
 

@@ -8,6 +8,8 @@ from .control import Control
 from .errors import DiffScalerError, MismatchError, TaskFileError, UnknownNameError
 from .families import FAMILIES, Family
 from .files import load_task, read_info, save_task
+from .lora_export import export_lora
+from .lora_import import import_lora
 from .methods import METHODS
 from .schedule import Schedule
 from .stack import AffinerStack
@@ -34,7 +36,9 @@ __all__ = [
     "__version__",
     "attach",
     "combine_tasks",
+    "export_lora",
     "find_targets",
+    "import_lora",
     "load_task",
     "new_task",
     "read_info",

@@ -6,8 +6,8 @@ subspace of rank r can follow its r largest singular directions, so unit i is wo
 of ‖G‖². The units are then bought by worth per number until the budget is spent. That is ours;
 near to it are
 
-    AdaLoRA (arXiv:2303.10512)  also spends one budget by importance, but while it trains, on factors
-                                that are kept orthogonal; here the ranks are settled before
+    AdaLoRA (arXiv:2303.10512)  spends one budget by importance too, but while it trains, on
+                                factors that are kept orthogonal; here ranks are settled before
     EVA (arXiv:2410.07170)      settles them before, by the variance of each layer's inputs
     LoRA-GA (arXiv:2407.05000)  takes the first directions of G as the start of U and D
 

@@ -37,12 +37,15 @@ def _rows(task: TaskAdapter) -> Iterator[tuple[str, str]]:
     yield "layers", str(len(task.layers)) if task.layers else f"none ({alone})"
     yield "rank", _rank(task)
     yield "parameters", f"{task.num_parameters:,}"
-    yield "size", f"{_bytes(task.nbytes)} ({_dtypes(task)})"
+    yield "size", f"{in_bytes(task.nbytes)} ({_dtypes(task)})"
     yield "prompts", ", ".join(map(repr, task.prompts))
     yield "classes", _classes(task)
+    yield "resolution", _resolution(info.get("resolution"))
     yield "trigger", str(info.get("trigger") or "")
     yield "control", _control(info.get("control") or {})
     yield "combined from", _sources(info.get("combined_from") or ())
+    yield "average of", _sources(info.get("averaged_from") or ())
+    yield "extracted", _pairs(info.get("extracted") or {})
     yield "training", _pairs(info.get("training") or {})
     yield "created", str(info.get("created") or spec.get("date") or "")
 
@@ -76,6 +79,12 @@ def _classes(task: TaskAdapter) -> str:
     )
 
 
+def _resolution(factor: object) -> str:
+    if not isinstance(factor, (int, float)):
+        return ""
+    return f"{factor:g} times the base's, with its positions stretched (at_resolution)"
+
+
 def _control(facts: dict[str, Any]) -> str:
     """Returns what the control pictures show, and how they are embedded."""
     if not facts:
@@ -102,7 +111,8 @@ def _dtypes(task: TaskAdapter) -> str:
     return ", ".join(names) or "empty"
 
 
-def _bytes(count: int) -> str:
+def in_bytes(count: int) -> str:
+    """Returns a number of bytes as people read it: "1.5 MiB"."""
     if count < 1024:
         return f"{count} bytes"
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):

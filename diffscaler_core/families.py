@@ -56,6 +56,8 @@ class Family:
             are not simply the image's.
         class_tables: Pattern of the tables that class numbers are looked up in (see `classes.py`).
         null_class: Which class means "no class": "last", or "" if the architecture has none.
+        positions: How positions can be stretched to another resolution (`resolution.py`): "table"
+            (sin-cos), "ids" (rotary, told where each token lies), or "" if nobody knows.
         modelspec: ModelSpec's architecture identifier, where one is registered.
     """
 
@@ -75,6 +77,7 @@ class Family:
     token_roles: dict[str, str] = field(default_factory=dict)
     class_tables: str = ""
     null_class: str = ""
+    positions: str = ""
     modelspec: str = ""
 
 
@@ -93,6 +96,7 @@ _ROWS = (
         ("SD3Transformer2DModel",),
         "pos_embed.proj",
         token_roles=_TEXT_STREAM,
+        positions="table",
         modelspec="stable-diffusion-v3",
     ),
     Family(
@@ -105,6 +109,7 @@ _ROWS = (
         guidance="two_calls",
         text="first",
         token_roles=_TEXT_STREAM | _SINGLE_BLOCKS,
+        positions="ids",
         modelspec="flux-1-dev",
     ),
     Family(
@@ -118,6 +123,7 @@ _ROWS = (
         guidance="two_calls",
         text="first",
         token_roles=_TEXT_STREAM | _SINGLE_BLOCKS,
+        positions="ids",
         modelspec="flux-2",
     ),
     Family(
@@ -128,6 +134,7 @@ _ROWS = (
         objective="epsilon",
         learned_sigma=True,
         token_roles=_CROSS_ATTENTION,
+        positions="table",
         modelspec="pixart",
     ),
     Family(
@@ -140,6 +147,7 @@ _ROWS = (
         guidance="cond_first",
         class_tables=r"transformer_blocks\.\d+\.norm1\.emb\.class_embedder\.embedding_table",
         null_class="last",
+        positions="table",
         modelspec="dit",
     ),
     Family(
@@ -286,6 +294,7 @@ _ROWS = (
         guidance="two_calls",
         text="first",
         token_roles={r"distilled_guidance_layer\..*": "mean"} | _TEXT_STREAM | _SINGLE_BLOCKS,
+        positions="ids",
         modelspec="chroma",
     ),
     Family(

@@ -39,6 +39,7 @@ from .version import __version__
 
 FORMAT = "1"
 MAX_CONFIG = 2**20
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def save_task(task: TaskAdapter, path: str | Path) -> Path:
@@ -129,6 +130,24 @@ def read_info(path: str | Path) -> dict[str, Any]:
     }
 
 
+def outline_task(path: str | Path) -> TaskAdapter:
+    """Returns a task as its header tells it: its facts, and tensors that have shapes but no values.
+
+    Raises:
+        TaskFileError: As in `load_task`, for what a header can show.
+        FileNotFoundError: No such file.
+    """
+    path = Path(path)
+    header = read_header(path)
+    config = _read_config(path.name, header)
+    hollow = {
+        name: torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="meta")
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+    return _build(hollow, config, header["__metadata__"])
+
+
 def read_header(path: str | Path) -> dict[str, Any]:
     """Returns a safetensors header as a dict, read with bounded memory.
 
@@ -143,7 +162,8 @@ def read_header(path: str | Path) -> dict[str, Any]:
     if "diffscaler.format" not in metadata:
         raise TaskFileError(
             f"{path.name!r} is no DiffScaler task (no 'diffscaler.format' in its header); "
-            f"a LoRA file goes through import first"
+            f"a LoRA file becomes one by import_lora(path), or by: diffscaler convert "
+            f"{path.name} task.safetensors"
         )
     return header
 

@@ -111,6 +111,16 @@ def import_lora(
     return task
 
 
+def is_task_file(path: str | Path) -> bool:
+    """Says whether a safetensors file is a DiffScaler task.
+
+    Raises:
+        TaskFileError: It is no safetensors file.
+        FileNotFoundError: No such file.
+    """
+    return "diffscaler.format" in _read_header(Path(path))[1]
+
+
 def imported_text(task: TaskAdapter) -> str:
     """Returns what an imported task was made of, and what was left out, a fact a line."""
     facts = task.info.get("imported") or {}

@@ -99,7 +99,8 @@ def fit_change(
         with_scale: False: no scale.
         generator: Random source of the decompositions, on the CPU.
     """
-    noise = _rounding(weight)
+    noise = _rounding(weight, change)
+    nothing = min(weight.shape) * noise**2  # errors below are all the same: the smaller rank wins
     best: LowRank | None = None
     lefts = []
     scales = [row_scale(weight, change), None] if with_scale else [None]
@@ -112,8 +113,7 @@ def fit_change(
         # summed on the CPU, as not every device knows float64
         spent = torch.cat([torch.zeros(1).double(), values.cpu().double().square().cumsum(0)])
         lefts.append((squared(rest) - spent).clamp_min(0))
-        # units below the weights' own rounding hold nothing
-        kept = int((values[:rank] > noise + _eps(values) * values[:1].sum()).sum())
+        kept = int((values[:rank] > noise).sum())  # units below hold nothing
         root = values[:kept].sqrt()
         up, down = up[:, :kept] * root, down[:kept] * root[:, None]
         rest = change - up @ down
@@ -121,8 +121,8 @@ def fit_change(
             scale = row_scale(weight, rest)
             rest = rest - scale[:, None] * weight
         error = squared(rest)
-        if best is None or error < best.error:
-            some = scale is not None and bool((scale.abs() > 8 * _eps(scale)).any())
+        if best is None or (max(error, nothing), kept) < (max(best.error, nothing), _rank(best)):
+            some = scale is not None and bool((scale.abs() > 64 * _eps(scale)).any())
             best = LowRank(scale if some else None, down, up, lefts[-1], error)
     assert best is not None
     return best._replace(left=torch.stack(lefts).amin(0))
@@ -136,11 +136,17 @@ def squared(tensor: Tensor) -> float:
 _TINY = 1e-30
 
 
+def _rank(found: LowRank) -> int:
+    return 0 if found.down is None else len(found.down)
+
+
 def _eps(t: Tensor) -> float:
     return torch.finfo(t.dtype).eps
 
 
-def _rounding(weight: Tensor) -> float:
-    """Returns how large a singular value is that rounding W in its dtype makes, about."""
+def _rounding(weight: Tensor, change: Tensor) -> float:
+    """Returns about how large a singular value is that rounding W, W' and a decomposition makes."""
     m, n = weight.shape
-    return _eps(weight) * float(weight.square().mean().sqrt()) * (math.sqrt(m) + math.sqrt(n))
+    moved = squared(change)
+    size = math.sqrt((squared(weight) + moved) / weight.numel())
+    return _eps(weight) * (size * (math.sqrt(m) + math.sqrt(n)) + math.sqrt(max(m, n) * moved))

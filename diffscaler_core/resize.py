@@ -80,7 +80,7 @@ def resize_task(
             ordered = _by_singular_value(own) if linear else _by_norm(own)
             kept = _count(ordered.worth, rank, energy)
             small = _cut(ordered, kept)
-            if rank is not None and energy is None and rank > kept:
+            if rank is not None and energy is None and rank > len(own["down"]):
                 small = _grown(small, rank, seed, name)
             errors[name] = _lost(ordered.worth, kept)
             own |= {part: t.to(dtype).contiguous() for part, t in small.items()}

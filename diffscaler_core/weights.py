@@ -20,7 +20,8 @@ from .targets import Target, base_layer, resolve
 
 #: Where a pipeline's folder keeps its denoiser; the first that is there.
 _FOLDERS = ("transformer", "unet")
-_EMBEDDING = re.compile(r"(.*\.)?(\w*embedding(s|_table)?|style_embedder|embed_tokens)")
+#: Layers whose weight is a matrix and that are no Linear: tables, HiDream's choice of experts.
+_TABLE = re.compile(r"(.*\.)?(\w*embedding(s|_table)?|style_embedder|embed_tokens|ff_i\.gate)")
 #: Ends of the names of tensors that only quantised weights have beside them.
 _QUANTISED = ("weight_scale", "scale_weight", "comfy_quant", "absmax", "quant_map", "scaled_fp8")
 
@@ -221,12 +222,12 @@ def _model_of(
 def _target(
     name: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]
 ) -> Target | None:
-    """Returns the layer whose weight this is; tables of embeddings are none."""
+    """Returns the layer whose weight this is; tables are none."""
     layer, _, leaf = name.rpartition(".")
     if leaf != "weight" or not layer or not 2 <= len(shape) <= 5:
         return None
     has_bias = f"{layer}.bias" in shapes
-    if len(shape) == 2 and not has_bias and _EMBEDDING.fullmatch(layer):
+    if len(shape) == 2 and not has_bias and _TABLE.fullmatch(layer):
         return None
     out, width, *kernel = shape
     if width == 1 and math.prod(kernel) > 1:  # one channel each: a convolution of its own for each

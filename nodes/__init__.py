@@ -11,6 +11,7 @@ from .compare_tasks import DiffScalerCompareTasks
 from .control import DiffScalerControl
 from .extract_task import DiffScalerExtractTask
 from .folders import register_folder
+from .import_lora import DiffScalerImportLoRA
 from .load_task import DiffScalerLoadTask
 from .route_tasks import DiffScalerRouteTasks
 from .save_task import DiffScalerSaveTask
@@ -36,6 +37,7 @@ NODES: list[type[io.ComfyNode]] = [
     DiffScalerCombineTasks,
     DiffScalerTaskInfo,
     DiffScalerSaveTask,
+    DiffScalerImportLoRA,
     DiffScalerTaskConditioning,
     DiffScalerTrainTask,
     DiffScalerTrainingSettings,

@@ -28,7 +28,7 @@ class DiffScalerExtractTask(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "tuned",
-                    tooltip="The fine-tuned model, or the base with LoRAs (also LoHa, LoKr …) on it.",
+                    tooltip="The fine-tuned model, or the base with LoRAs (LoHa, LoKr …) on it.",
                 ),
                 io.Model.Input("base", tooltip="What it was made from."),
                 io.String.Input("name", default="extracted", tooltip="The task's name."),

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import comfy.utils
-import torch
 from torch import Tensor, nn
 
 from ..diffscaler_core.errors import MismatchError, first_names
 from ..diffscaler_core.families import TokenForm, token_form
+from ..diffscaler_core.hollow import hollow_model
 from ..diffscaler_core.layouts import (
     Placement,
     Tensors,
@@ -215,10 +215,7 @@ def diffusers_model(model: Any) -> nn.Module:
     fingerprint agree with a task made in diffusers.
     """
     name = architecture_of(model).diffusers or type(model.diffusion_model).__name__
-    root: nn.Module = type(name, (nn.Module,), {})()
-    for target in diffusers_targets(model):
-        _plant(root, target.name.split("."), _hollow(target))
-    return root
+    return hollow_model(name, diffusers_targets(model))
 
 
 def diffusers_targets(model: Any) -> list[Target]:
@@ -327,25 +324,3 @@ def _title(model: Any) -> str:
     known = architecture_of(model).diffusers
     unknown = "an architecture whose names DiffScaler does not know"
     return f"{type(model.model_config).__name__} ({known or unknown})"
-
-
-def _plant(root: nn.Module, path: Sequence[str], leaf: nn.Module) -> None:
-    """Hangs a layer into the tree; a module with numbered children that are no layers is a list."""
-    head, *rest = path
-    if not rest:
-        root.add_module(head, leaf)
-        return
-    if head not in root._modules:
-        blocks = rest[0].isdigit() and len(rest) > 1
-        root.add_module(head, nn.ModuleList() if blocks else nn.Module())
-    _plant(root._modules[head], rest, leaf)  # type: ignore[arg-type]
-
-
-def _hollow(target: Target) -> nn.Module:
-    with torch.device("meta"):
-        if not target.kernel:
-            return nn.Linear(target.in_features, target.out_features, target.has_bias)
-        kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(target.kernel) - 1]
-        sizes = (target.in_features, target.out_features, target.kernel)
-        conv: nn.Module = kind(*sizes, bias=target.has_bias)
-    return conv

@@ -7,14 +7,14 @@ fuses are read in parts, as diffusers has them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import comfy.lora
 import comfy.model_management as management
 import comfy.utils
 import torch
-from comfy.model_patcher import ModelPatcher
+from comfy.model_patcher import ModelPatcher, get_key_weight
 from torch import Tensor
 
 from ..diffscaler_core import DiffScalerError, TaskAdapter
@@ -79,7 +79,7 @@ class NativeWeights:
         self.title = title
         self.shape_model = diffusers_model(model.model)
         self.device = model.load_device
-        self._entries = model.get_key_patches(PREFIX)
+        self._entries = dict(_entries(model))
         self._places: dict[str, tuple[str, Placement | None]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._last: tuple[str, Tensor] | None = None
@@ -109,20 +109,21 @@ class NativeWeights:
         return swap_halves({"weight": part})["weight"] if place.swapped else part
 
     def _add(self, name: str, key: str, place: Placement | None) -> None:
-        if key not in self._entries or self._entries[key][0][0] is None:
+        if key not in self._entries:
             return
-        rows, *rest = (tuple(self._entries[key][0][0].shape)) or (0,)
+        shape = tuple(self._entries[key].weight.shape)
         if place is not None:
-            rows = rows - place.start if place.size is None else place.size
+            size = shape[0] - place.start if place.size is None else place.size
+            shape = (size, *shape[1:])
         self._places[name] = (key, place)
-        self.shapes[name] = (rows, *rest) if rows else ()
+        self.shapes[name] = shape
 
     def _patched(self, key: str) -> Tensor:
         """Returns a native weight with all its patches, as loading the model would compute it."""
-        (weight, convert), *patches = self._entries[key]
+        weight, convert, patches = self._entries[key]
         wide = torch.float32 if weight.dtype.is_floating_point else weight.dtype
         copied = management.cast_to_device(weight, self.device, wide, copy=True)
-        plain = convert(copied, inplace=True)
+        plain = copied if convert is None else convert(copied, inplace=True)
         patched = comfy.lora.calculate_weight(patches, plain, key) if patches else plain
         if patched.shape != weight.shape:
             raise DiffScalerError(
@@ -130,6 +131,32 @@ class NativeWeights:
                 f"{tuple(weight.shape)}; a task cannot change a layer's size"
             )
         return patched  # type: ignore[no-any-return]
+
+
+class _Entry(NamedTuple):
+    """A native weight as it is without patches, how it becomes plain numbers, and its patches."""
+
+    weight: Tensor
+    convert: Callable[..., Tensor] | None
+    patches: list[Any]
+
+
+def _entries(model: ModelPatcher) -> Iterator[tuple[str, _Entry]]:
+    """Yields every native weight; the other tensors of quantised ones are parts of them.
+
+    As `ModelPatcher.get_key_patches` does, which knows no quantised layers.
+    """
+    for key in model.model_state_dict(PREFIX):
+        try:
+            weight, _, convert = get_key_weight(model.model, key)
+        except AttributeError:
+            continue
+        if key in model.backup:  # the model is loaded, with these or other patches
+            weight = model.backup[key].weight
+        if key in model.hook_backup:
+            weight = model.hook_backup[key][0]
+        if isinstance(weight, Tensor):
+            yield key, _Entry(weight, convert, model.patches.get(key, []))
 
 
 def _refuse(model: Any, title: str) -> None:

@@ -3,9 +3,9 @@
     python pocket/train_features.py                 # about ten minutes on one core
     python pocket/train_features.py --check         # only the table of distances between sets
 
-It is asked three things of drawn pictures: which word, in which style, and damaged how (blur, noise,
-a second picture shining through, coarse pixels). The first two make features that tell sets apart,
-the third features that notice a bad generator.
+It is asked three things of drawn pictures: which word, in which style, and damaged how (blur,
+noise, a second picture shining through, coarse pixels). The first two make features that tell sets
+apart, the third features that notice a bad generator.
 """
 
 from __future__ import annotations
@@ -156,7 +156,15 @@ def train(args: argparse.Namespace) -> SmallNet:
         if (step + 1) % 100 == 0:
             told = ", ".join(f"{head} {loss.item():.3f}" for head, loss in parts.items())
             print(f"  step {step + 1}, {time.monotonic() - began:.0f} s: {told}", flush=True)
-    return net.eval().folded()
+    return centred(net.eval().folded(), pictures)
+
+
+@torch.no_grad()
+def centred(net: SmallNet, pictures: Tensor) -> SmallNet:
+    """The same network with features in units of their spread over the undamaged pictures."""
+    found = torch.cat([net(part / 127.5 - 1) for part in pictures.split(256)])
+    net.centre, net.spread = found.mean(0), found.std(0)
+    return net
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ CORE = ROOT / "diffscaler_core"
 HOST = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "nodes", "server", "execution"}
 # Optional libraries, and the files of the core that are about them.
 OPTIONAL = {
-    "diffusers": {"pipelines", "pocket", "peft", "control", "export", "cli"},
+    "diffusers": {"pipelines", "pocket", "peft", "control", "export", "resolution", "cli"},
     "transformers": {"pipelines", "pocket", "cli"},
     "accelerate": {"pipelines", "cli"},
     "peft": {"peft", "cli"},

@@ -17,8 +17,10 @@ from ..errors import DiffScalerError
 from ..training.command.train import EXAMPLES, train
 from ..version import __version__
 from .console import err, say
+from .convert import convert
 from .evaluate import EXAMPLES as EVALUATION_EXAMPLES
 from .evaluate import evaluate
+from .extract import average, extract, resize
 from .files import combine, info
 
 
@@ -45,6 +47,10 @@ app = typer.Typer(
 app.command(epilog=EXAMPLES, no_args_is_help=True)(train)
 app.command()(info)
 app.command()(combine)
+app.command()(extract)
+app.command()(resize)
+app.command()(average)
+app.command()(convert)
 app.command("eval", epilog=EVALUATION_EXAMPLES, no_args_is_help=True)(evaluate)
 
 

@@ -1,4 +1,4 @@
-"""Commands about task files: what one holds, and one made of several."""
+"""Commands about files: what one holds, and one task made of several."""
 
 from __future__ import annotations
 
@@ -7,24 +7,45 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from ..combine import combine_tasks
-from ..describe import describe
-from ..files import load_task, read_info, save_task
-from .console import in_short, numbers, say
+from ..describe_file import describe_file, file_row, file_values
+from ..errors import DiffScalerError, TaskFileError
+from ..files import load_task, save_task
+from .console import in_short, numbers, out, say
 
 
 def info(
-    file: Annotated[Path, typer.Argument(help="A task file (.safetensors).")],
+    files: Annotated[list[Path], typer.Argument(help="Any safetensors files.")],
+    layers: Annotated[bool, typer.Option("--layers", help="Name every layer's rank.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
 ) -> None:
-    """Say what a task file holds."""
-    if not as_json:
-        say(describe(load_task(file)))
-        return
-    facts = read_info(file)
-    facts["modelspec"] = {k: v for k, v in facts["modelspec"].items() if k != "thumbnail"}
-    typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+    """Say what a file holds: a task, a LoRA of any kind, a checkpoint; of several, a table."""
+    if as_json:
+        told = [file_values(file, layers) for file in files]
+        shown = told[0] if len(files) == 1 else told
+        typer.echo(json.dumps(shown, indent=2, ensure_ascii=False))
+    elif len(files) == 1 or layers:
+        say("\n\n".join(describe_file(file, layers) for file in files))
+    else:
+        _table(files)
+
+
+def _table(files: list[Path]) -> None:
+    """Prints a line for each file, and then complains of those that are none."""
+    table = Table("file", "kind", "made for", "rank", "layers", "parameters", "size", "dtypes")
+    bad: list[DiffScalerError] = []
+    for file in files:
+        try:
+            table.add_row(*map(escape, file_row(file)))
+        except TaskFileError as error:
+            bad.append(error)
+    Console(width=None if out.is_terminal else 200).print(table)
+    if bad:
+        raise DiffScalerError("\n".join(map(str, bad)))
 
 
 def combine(

@@ -37,7 +37,7 @@ def frechet_of_gaussians(mean: Tensor, cov: Tensor, mean_2: Tensor, cov_2: Tenso
     """Returns |m − m₂|² + tr(C + C₂ − 2 (C^½ C₂ C^½)^½) of Gaussians (Dowson and Landau, 1982).
 
     C^½ C₂ C^½ is symmetric and has the eigenvalues of C C₂, so that two symmetric eigenproblems do
-    it: nothing complex, and singular covariances (fewer pictures than features) are no special case.
+    it: nothing complex, and singular covariances (fewer pictures than features) are as good.
 
     Args:
         mean: (F,), float64.
@@ -59,7 +59,8 @@ def covariance(features: Tensor) -> Tensor:
 
 def _root(cov: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(_symmetric(cov))
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    return root
 
 
 def _symmetric(matrix: Tensor) -> Tensor:
@@ -124,8 +125,8 @@ class Manifolds:
     Attributes:
         precision: Share of what was made that lies in a ball of the real: looks real.
         recall: Share of the real that lies in a ball of what was made: could be made.
-        density: Mean number of real balls round what was made, over k; 1 for equal sets, and, unlike
-            precision, not raised by one outlier's large ball. May exceed 1.
+        density: Mean number of real balls round what was made, over k; about 1 for equal sets, and,
+            unlike precision, not raised by one outlier's large ball. May exceed 1.
         coverage: Share of real balls with something made in them: variety.
     """
 

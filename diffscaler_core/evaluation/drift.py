@@ -1,4 +1,7 @@
-"""Drift: how far a task moves what it is not about. Same prompts, same noise, with and without it."""
+"""Drift: how far a task moves what it is not about.
+
+Same prompts, same noise, with the task and without it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ class Drift:
 
     Attributes:
         features: Mean distance of the features of a picture with the task from those without, over
-            the mean distance of two of the base's pictures: 0 unmoved, 1 as good as another picture.
+            the mean distance of two of the base's pictures: 0 unmoved, 1 as far as another picture.
         pixels: Root mean square difference, of a range 0..1.
         off: The largest difference of any pixel at strength 0. Anything but 0 is a defect.
     """

@@ -52,14 +52,11 @@ def evaluate(
     Raises:
         DiffScalerError: Something cannot be measured; nothing was measured yet.
     """
-    report = None
-    for report in evaluation(
+    reports = evaluation(
         base, tasks, references, features, settings,
         words=words, folder=folder, on_progress=on_progress,
-    ):  # fmt: skip
-        pass
-    assert report is not None  # there is at least one task
-    return report
+    )  # fmt: skip
+    return list(reports)[-1]
 
 
 @torch.no_grad()
@@ -85,8 +82,10 @@ def evaluation(
                               note=features.note)  # fmt: skip
     with denoiser.held():
         groups = groups_of(denoiser, tasks, references, settings, words, progress)
-        for group in groups:
-            own = Measurement(denoiser, group, features, settings, words, kept, progress)
-            for row, pictures in own.rows():
+        own = [Measurement(denoiser, g, features, settings, words, kept, progress) for g in groups]
+        for measurement in own:
+            measurement.prepare()
+        for measurement in own:
+            for row, pictures in measurement.rows():
                 report = report.with_row(row, pictures)
                 yield report

@@ -32,7 +32,7 @@ class FeatureNet:
         features: Pictures (B, 3, H, W) in −1..1, float32 -> (B, F).
         key: What tells it from any other, weights included.
         note: One sentence that goes with every figure, or "".
-        heads: Question -> the names of its answers, if it classifies too; the first is the main one.
+        heads: Question -> its answers' names, if it classifies too; the first is the main one.
         logits: (features (B, F), question) -> (B, answers).
     """
 

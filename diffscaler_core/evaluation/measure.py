@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -57,6 +57,17 @@ class Measurement:
     folder: Path | None
     progress: OnProgress
 
+    def prepare(self) -> None:
+        """Finds out what can be refused, before anything is measured.
+
+        Raises:
+            DiffScalerError: A task does not fit the base, or nobody knows a prompt of the drift.
+        """
+        for name, task in self.group.tasks.items():
+            with self.denoiser.attached({name: task}):
+                pass
+            self._others(task)
+
     def rows(self) -> Iterator[Measured]:
         """Yields the references through the VAE, the base, then each task."""
         yield self._kept("ceiling", None, self._ceiling)
@@ -79,6 +90,11 @@ class Measurement:
             return data.controls[0][torch.zeros_like(rows), rows]
 
         return Plan(self.group.asked, index, data.shape, control if data.controls else None, rows)
+
+    @cached_property
+    def base_key(self) -> str | None:
+        """What tells the base and its weights from any other; None if that cannot be told."""
+        return encoder_key(self.denoiser.model)
 
     @cached_property
     def real(self) -> Tensor:
@@ -172,6 +188,7 @@ class Measurement:
         )
         if not self.settings.drift:
             return row
+        self.progress(f"{self.group.reference.name}: drift", 0, self.settings.drift)
         moved = drift(self.denoiser, task, self._others(task), self.net, self.settings)
         return replace(row, drift=moved.features, drift_pixels=moved.pixels, drift_off=moved.off)
 
@@ -182,7 +199,6 @@ class Measurement:
             task, (*self.group.asked.names, *shown), self.words, settings.drift
         )
         prompts = prompts_of(self.denoiser, names, None, self.words)
-        self.progress(f"{self.group.reference.name}: drift", 0, settings.drift)
         index = torch.arange(settings.drift) % len(names)
         return Plan(prompts, index, self.group.reference.data.shape)
 
@@ -204,8 +220,7 @@ class Measurement:
 
     def _key(self, name: str, task: TaskAdapter | None) -> str | None:
         """Returns what tells a row from any other; None if the base cannot be told from others."""
-        base = encoder_key(self.denoiser.model)
-        told = json.dumps(asdict(self.settings), sort_keys=True)
+        base, told = self.base_key, json.dumps(asdict(self.settings), sort_keys=True)
         asked = [_bits(getattr(self.group.asked, field)) for field in self.group.asked.fields]
         parts: list[str | bytes | int | None] = [VERSION, name, base, self.net.key, told]
         parts += [self.group.reference.key, *self.group.asked.names, *asked]

@@ -1,4 +1,4 @@
-"""How much memory a call takes and keeps: what torch's allocator gave out, exact, so never timed."""
+"""How much memory a call takes and keeps: exact, so never timed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def allocated(
         before()
         with record_function(_MEASURED):
             call()
-    events: list[Any] = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events: list[Any] = profiler.profiler.kineto_results.events()
     (start,) = [e.start_ns() for e in events if e.name() == _MEASURED]
     memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     held = peak = 0

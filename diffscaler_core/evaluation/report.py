@@ -116,10 +116,10 @@ class EvaluationReport:
         note = f" ({self.note})" if self.note else ""
         told = self.settings
         return (
-            f"Feature network: {self.network}, {self.size} features{note}. {told.pictures} pictures "
-            f"drawn per row, seed {told.seed}, {told.steps} steps, guidance {told.guidance:g}; "
-            f"reference pictures: {real}. Figures of other networks or numbers of pictures are not "
-            f"comparable."
+            f"Feature network: {self.network}, {self.size} features{note}. {told.pictures} "
+            f"pictures drawn per row, seed {told.seed}, {told.steps} steps, guidance "
+            f"{told.guidance:g}; reference pictures: {real}. Figures of other networks "
+            f"or numbers of pictures are not comparable."
         )
 
     @property

@@ -35,9 +35,15 @@ class SmallNet(nn.Module):
     Means of early layers carry colour and texture, those of the last layer's four quarters what is
     drawn where.
 
+    Features are given in units of their spread over the training pictures, from their mean there, so
+    that none outweighs the others, and so that a kernel that knows the origin makes sense.
+
     Args:
         heads: Name of a question -> its answers' names; one linear classifier each.
     """
+
+    centre: Tensor
+    spread: Tensor
 
     def __init__(self, heads: Mapping[str, tuple[str, ...]]) -> None:
         super().__init__()
@@ -49,6 +55,8 @@ class SmallNet(nn.Module):
         self.classifiers = nn.ModuleDict(
             {name: nn.Linear(SIZE, len(answers)) for name, answers in heads.items()}
         )
+        self.register_buffer("centre", torch.zeros(SIZE))
+        self.register_buffer("spread", torch.ones(SIZE))
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns features (B, 64) of images (B, 3, H, W) in −1..1, of any size.
@@ -66,7 +74,8 @@ class SmallNet(nn.Module):
             kept[2].mean((2, 3)),
             F.adaptive_avg_pool2d(kept[4], 2).flatten(1),
         ]
-        return self.project(torch.cat(pooled, 1))  # type: ignore[no-any-return]
+        found: Tensor = self.project(torch.cat(pooled, 1))
+        return (found - self.centre) / self.spread
 
     def normalised(self, layer: int, x: Tensor) -> Tensor:
         """Returns x as it is: in the file the normalisation is folded into the convolutions.
@@ -77,7 +86,8 @@ class SmallNet(nn.Module):
 
     def logits(self, features: Tensor, head: str) -> Tensor:
         """Returns a classifier's logits (B, answers) of features (B, 64)."""
-        return self.classifiers[head](F.relu(features))  # type: ignore[no-any-return]
+        found: Tensor = self.classifiers[head](F.relu(features * self.spread + self.centre))
+        return found
 
 
 def resized(images: Tensor, side: int) -> Tensor:
@@ -113,7 +123,7 @@ def load_small_net(path: str | Path) -> tuple[SmallNet, str, str]:
     try:
         with safe_open(path, "pt") as file:
             told = (file.metadata() or {}).get(HEADER)
-            tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key).float() for key in file.keys()}
     except SafetensorError as error:
         raise DiffScalerError(f"{path.name!r} is no safetensors file ({error})") from error
     if told is None:

@@ -70,8 +70,8 @@ def about_ranks(chosen: RankChoice) -> tuple[str, ...]:
     if 0 < chosen.pictures < PICTURES_PER_RANK * widest:
         said.append(
             f"{chosen.pictures} pictures are few to choose ranks up to {widest} by: a subspace "
-            f"takes at least {PICTURES_PER_RANK} per unit of rank; take more pictures, or a smaller "
-            f"rank_budget"
+            f"takes at least {PICTURES_PER_RANK} per unit of rank; take more pictures, or a "
+            f"smaller rank_budget"
         )
     if chosen.confirmed < LEAST_CONFIRMED:
         said.append(

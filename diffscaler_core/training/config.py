@@ -70,6 +70,10 @@ class TrainingConfig:
         prior_weight: Weight of the prior pictures' loss, if there are any.
         prior_share: Share of each batch that prior pictures take.
 
+    At another resolution (see `resolution.py`):
+        at_resolution: Times the base's own resolution that the pictures have: its positions are
+            stretched that far; 1: they stay.
+
     Control (see `control.py`):
         control: What the control pictures show ("edges", …); "": the task takes none.
         control_rank: R of the control affiner; 0: as many as a patch has numbers.
@@ -135,6 +139,8 @@ class TrainingConfig:
     prior_weight: float = 1.0
     prior_share: float = 0.5
 
+    at_resolution: float = 1.0
+
     control: str = ""
     control_rank: int = 0
     control_activation: str = "identity"
@@ -181,7 +187,15 @@ class TrainingConfig:
 
 _MUCH = float("inf")
 #: Settings that must be above 0.
-POSITIVE = ("lr", "lr_scale_shift", "lr_prompts", "lr_control", "timestep_std", "timestep_shift")
+POSITIVE = (
+    "at_resolution",
+    "lr",
+    "lr_scale_shift",
+    "lr_prompts",
+    "lr_control",
+    "timestep_std",
+    "timestep_shift",
+)
 #: Setting -> the names it may have.
 CHOICES: dict[str, Collection[str]] = {
     "method": METHODS,

@@ -384,6 +384,8 @@ class Engine:
         names = list(prompts.names) if prompts.learned else list(task.prompts)
         facts: dict[str, Any] = {"training": training_facts(learner, self.step, self.pace.seconds)}
         facts["prompts"] = names
+        if self.config.at_resolution != 1:
+            facts["resolution"] = self.config.at_resolution
         if "label" in prompts.fields:
             labels = torch.as_tensor(prompts.label).tolist()
             facts["classes"] = task.classes | dict(zip(prompts.names, labels, strict=True))

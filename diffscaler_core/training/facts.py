@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 _FIXED = (
     *("method", "gamma_blocks", "rank", "rank_budget", "targets", "exclude"),
     *("optimizer", "ema"),
-    *("control", "control_rank", "control_activation", "control_embedding"),
+    *("at_resolution", "control", "control_rank", "control_activation", "control_embedding"),
 )
 
 

@@ -14,6 +14,7 @@ import torch
 from ..auto_rank import AUTO, RankChoice
 from ..errors import DiffScalerError, first_names
 from ..methods import METHODS
+from ..resolution import at_resolution
 from ..task import TaskAdapter, new_task, with_classes
 from .bases.pipelines import as_denoiser
 from .checkpoints import newest_checkpoint
@@ -22,7 +23,7 @@ from .config import TrainingConfig
 from .data.batches import Batches, TrainingData
 from .denoiser import Denoiser
 from .engine import Engine
-from .launch import launch_of
+from .launch import Launch, launch_of
 from .learner import Learner, TaskRun, control_kind
 from .progress import OnStep
 from .rank_choice import choose
@@ -145,7 +146,11 @@ def train_tasks(
         run.name: _start(denoiser, own, run, prompts)
         for run, own, (prompts, _) in zip(runs, configs, told, strict=True)
     }
-    with denoiser.held(config.checkpointing), denoiser.attached(tasks) as trainable:
+    with (
+        denoiser.held(config.checkpointing),
+        at_resolution(denoiser.model, config.at_resolution),
+        denoiser.attached(tasks) as trainable,
+    ):
         trainable.requires_grad_(True)
         if config.shard:
             launch.shard(denoiser.model)

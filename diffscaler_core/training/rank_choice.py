@@ -2,9 +2,10 @@
 
 G = dL/dW of a layer is never formed, and no weight is read: of a task whose subspaces are linear,
 U has the gradient G Dᵀ while U = 0, and D has Uᵀ G while D = 0. Two passes over the same batches,
-with a random D first and then with U an orthonormal basis of G Dᵀ, are the randomised SVD of Halko,
-Martinsson and Tropp (arXiv:0909.4061, Algorithms 4.1 and 5.1). So whatever can carry a task can be
-asked, convolutions, quantised and offloaded bases among them, and the base stays as it is.
+with a random D first and then with U an orthonormal basis of what came of it, are the randomised
+SVD of Halko, Martinsson and Tropp (arXiv:0909.4061, Algorithms 4.1 and 5.1). So whatever can carry
+a task can be asked, convolutions, quantised and offloaded bases among them, and the base stays as
+it is.
 
 Half of the pictures find a direction, the other half say what it is worth: along chance, which
 always looks like signal to the pictures it came from, they disagree.
@@ -93,8 +94,10 @@ def choose(
         ]
         for name, (down, up) in owners.items():
             with torch.no_grad():
-                basis = torch.linalg.qr(sides[0][name] + sides[1][name]).Q
-                up.copy_(basis.to(up))
+                # what either half asks for: the sum alone would leave out where they cancel
+                both = torch.cat([side[name] for side in sides], dim=1)
+                basis = torch.linalg.svd(both, full_matrices=False).U
+                up.copy_(basis[:, : up.shape[1]].to(up))
                 down.zero_()
         downs = {n: down for n, (down, _) in owners.items()}
         small = [
@@ -189,9 +192,7 @@ def _gradients(
     return found
 
 
-def _parts(
-    learner: Learner, half: int, launch: Launch, device: torch.device
-) -> Iterator[Drawn]:
+def _parts(learner: Learner, half: int, launch: Launch, device: torch.device) -> Iterator[Drawn]:
     """Yields this process's parts of the batches that one half looks at, as `Engine` cuts them."""
     config = learner.config
     batches = -(-LOOKS // (2 * config.batch))

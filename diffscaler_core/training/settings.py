@@ -98,6 +98,7 @@ SETTINGS: dict[str, Setting] = {
         _of_config("clip", "training", "Largest norm of a gradient; 0: any."),
         _of_config("ema", "training", "Running mean that is saved, such as 0.99; 0: none."),
         Setting("size", "pictures", "Side in pixels; default: the base's.", int, common=True),
+        _of_config("at_resolution", "pictures", "Times the base's own size: stretches positions."),
         Setting("buckets", "pictures", "Keep wide and tall pictures wide and tall.", bool),
         Setting("crops", "pictures", "Random crops of each picture, beside its middle.", int),
         Setting("flip", "pictures", "Also the mirrored pictures.", bool),

@@ -53,6 +53,7 @@ FROZEN = {
     "DiffScalerExtractTask": [
         *("tuned", "base", "name", "rank", "energy", "scale", "targets", "exclude"),
     ],
+    "DiffScalerImportLoRA": ["lora_name", "text_encoder"],
     "DiffScalerTaskConditioning": ["task", "prompt"],
     "DiffScalerTrainTask": [
         *("model", "name", "folder", "resolution", "method", "rank", "steps", "batch_size"),

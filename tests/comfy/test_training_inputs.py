@@ -211,8 +211,8 @@ def test_every_setting_of_the_trainer_is_on_one_of_the_two_nodes(part: Any) -> N
     ours = {"batch": "batch_size", "lr": "learning_rate"}
     on_nodes = {i.id for i in (*inputs.training_inputs(), *inputs.settings_inputs())}
     fields = {ours.get(f.name, f.name) for f in dataclasses.fields(config)}
-    # no prior pictures here yet; one process
-    assert fields - on_nodes <= {"prior_weight", "prior_share", "shard"}
+    # no prior pictures here yet; one process; models without stretched positions
+    assert fields - on_nodes <= {"prior_weight", "prior_share", "shard", "at_resolution"}
 
 
 def test_settings_reach_the_trainer(part: Any, tiny: Any) -> None:

@@ -97,7 +97,7 @@ def test_a_change_of_low_rank_is_found_as_what_it_is(model):
         2, 8, generator=generator
     )
     task = extract_task(tuned, model, rank=8).task
-    (name, own), = task.layers.items()
+    ((name, own),) = task.layers.items()
     assert name == "transformer.transformer_blocks.1.ff.0"
     assert own["down"].shape == (2, 8)
     assert "scale" not in own
@@ -207,16 +207,14 @@ def test_weights_are_read_one_by_one_and_let_go(model):
             return tensor
 
     extract_task(Counted(moved(model)), Counted(model), 2)
-    assert len(alive) > 40
+    assert len(alive) == 36
     assert most <= 6
 
 
 def test_large_layers_are_decomposed_at_random_yet_near_the_best_and_repeatably():
     generator = torch.Generator().manual_seed(0)
     m, n = 700, 900
-    left, right = (
-        torch.linalg.qr(torch.randn(s, 600, generator=generator))[0] for s in (m, n)
-    )
+    left, right = (torch.linalg.qr(torch.randn(s, 600, generator=generator))[0] for s in (m, n))
     values = 1 / torch.arange(1, 601) ** 0.5
     matrix = (left * values) @ right.mT
     twice = [truncated_svd(matrix, 16, torch.Generator().manual_seed(3)) for _ in range(2)]
@@ -229,6 +227,18 @@ def test_large_layers_are_decomposed_at_random_yet_near_the_best_and_repeatably(
 def test_row_scale_of_an_empty_row_is_zero():
     weight, change = torch.tensor([[0.0, 0], [2, 0]]), torch.tensor([[1.0, 1], [1, 1]])
     assert torch.equal(row_scale(weight, change), torch.tensor([0.0, 0.5]))
+
+
+@pytest.mark.parametrize(("m", "n"), [(768, 128), (128, 128), (600, 900)])
+def test_rounding_is_not_taken_for_rank(m, n):
+    generator = torch.Generator().manual_seed(0)
+    weight = 0.05 * torch.randn(m, n, generator=generator)
+    change = torch.randn(m, 2, generator=generator) @ torch.randn(2, n, generator=generator)
+    change = (weight + 0.02 * change) - weight
+    found = fit_change(weight, change, 16, 32, True, generator)
+    assert found.down.shape == (2, n)
+    assert found.scale is None
+    assert found.error < 1e-10 * float(change.square().sum())
 
 
 def test_the_curve_says_what_each_rank_leaves():
@@ -244,12 +254,14 @@ def test_automatic_ranks_keep_the_share_or_the_budget(model):
     tuned = moved(model)
     found = extract_task(tuned, model, "auto", energy=0.8)
     assert all(layer.kept >= 0.8 - 1e-6 for layer in found.report.layers)
+    alone = {"parts": ("subspace",)}  # with scales a rank may come out better than foreseen
+    found = extract_task(tuned, model, "auto", energy=0.8, **alone)
     ranks = {layer.name: layer.rank for layer in found.report.layers}
     assert len(set(ranks.values())) > 1
     for name, rank in ranks.items():  # one less would be too few
-        if rank:
-            fewer = extract_task(tuned, model, rank - 1, targets=[name]).report.layers[0]
-            assert fewer.kept < 0.8
+        if rank > 1:
+            fewer = extract_task(tuned, model, rank - 1, targets=[name], **alone)
+            assert fewer.report.layers[0].kept < 0.8
     budget = found.task.num_parameters
     spent = extract_task(tuned, model, "auto", rank_budget=f"{budget / 1e6}M")
     assert spent.task.num_parameters <= budget
@@ -286,7 +298,7 @@ def test_the_wrong_pair_is_refused(model, tmp_path):
 def test_what_cannot_be_read_is_refused_in_one_line(model, tmp_path):
     state = moved(model).state_dict()
     packed = {**state, "proj_out.weight": state["proj_out.weight"].to(torch.int8)}
-    with pytest.raises(DiffScalerError, match="'proj_out.weight' .* is packed as int8"):
+    with pytest.raises(DiffScalerError, match=r"'proj_out\.weight' .* is packed as int8"):
         extract_task(packed, model.state_dict())
     marked = {**state, "proj_out.weight_scale": torch.ones(())}
     with pytest.raises(DiffScalerError, match="quantised"):
@@ -294,9 +306,9 @@ def test_what_cannot_be_read_is_refused_in_one_line(model, tmp_path):
     state["proj_out.weight"][0, 0] = torch.nan
     with pytest.raises(DiffScalerError, match="NaN or Inf"):
         extract_task(state, model.state_dict())
+    huge = copy.deepcopy(model)
+    huge.proj_out.bias.data += 1e6
     with pytest.raises(DiffScalerError, match="too large for float16"):
-        huge = copy.deepcopy(model)
-        huge.proj_out.bias.data += 1e6
         extract_task(huge, model, dtype=torch.float16)
     (tmp_path / "model.ckpt").write_bytes(b"PK" + bytes(20))
     with pytest.raises(DiffScalerError, match="pickle or zip"):

@@ -226,7 +226,7 @@ FILES = {
     "zip": (zip_file, "pickle or zip"),
     "torch.save": (torch_file, "pickle or zip"),
     "old torch.save": (lambda g: torch_file(g, legacy=True), "pickle or zip"),
-    "plain LoRA": (plain_lora, "LoRA file goes through import"),
+    "plain LoRA": (plain_lora, "import_lora"),
     "PNG": (lambda g: b"\x89PNG\r\n\x1a\n" + b"\0" * 100, "no safetensors"),
     "HTML": (lambda g: b"<!DOCTYPE html><html>404</html>" * 9, "no safetensors"),
     "one missing layer": (drop_layer, "says it has 8 layers but holds 7"),

@@ -4,7 +4,8 @@ NAMES = """
 FAMILIES METHODS
 Affiner AffinerStack Attachment Control DiffScalerError Family MismatchError Schedule Target
 TaskAdapter TaskBank TaskFileError UnknownNameError
-__version__ attach combine_tasks find_targets load_task new_task read_info save_task scale_task
+__version__ attach combine_tasks export_lora find_targets import_lora load_task new_task read_info
+save_task scale_task
 """
 
 

@@ -373,3 +373,26 @@ def test_the_entry_point_runs_the_app(monkeypatch, capsys):
         cli.main()
     assert caught.value.code == 0
     assert re.fullmatch(r"\d+\.\d+.*\n", capsys.readouterr().out)
+
+
+def test_ranks_are_chosen_planned_and_printed(base, pictures, words_file, tmp_path):
+    out = tmp_path / "auto.safetensors"
+    more = ["--words", words_file, "--rank", "auto", "--rank-budget", "60%"]
+    planned = train(base, pictures, out, *more, "--plan")
+    assert planned.exit_code == 0, planned.output
+    assert re.search(r"ranks +ranks 1 to \d+ on \d+ of \d+ layers", planned.stdout)
+    result = train(base, pictures, out, *more)
+    assert result.exit_code == 0, result.output
+    assert "rank for 90 %" in result.stderr
+    assert "transformer_blocks.0.attn.to_q" in result.stderr
+    ranks = {len(own.get("down", ())) for own in load_task(out).layers.values()}
+    assert len(ranks) > 1
+    assert 0 in ranks
+    file = tmp_path / "auto" / "config.toml"
+    assert 'rank = "auto"' in file.read_text()
+    assert 'rank_budget = "60%"' in file.read_text()
+    again = run("train", file)
+    assert again.exit_code == 0, again.output
+    refused = train(base, pictures, out, "--rank", "wide")
+    assert refused.exit_code == 1
+    assert "rank must be" in refused.stderr

@@ -15,6 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ...auto_rank import RankChoice
 from ...families import FAMILIES
+from ...resolution import at_resolution
 from ...task import CONTROL, TaskAdapter
 from ..conditioning import Prompts, new_classes
 from ..config import TrainingConfig
@@ -173,7 +174,11 @@ def activation_bytes(
         if storage.data_ptr() not in own:
             seen[StorageWeakRef(storage)] = storage.nbytes()
 
-    with denoiser.held(), denoiser.attached({task.name: task}) as trainable:
+    with (
+        denoiser.held(),
+        at_resolution(denoiser.model, config.at_resolution),
+        denoiser.attached({task.name: task}) as trainable,
+    ):
         trainable.requires_grad_(True)
         noise = torch.zeros_like(x0)
         t = torch.full((1,), 0.5, device=device)

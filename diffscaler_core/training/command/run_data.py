@@ -44,7 +44,9 @@ def picture_size(settings: RunSettings, denoiser: Denoiser) -> int:
     Raises:
         DiffScalerError: The base does not say, or cannot take it.
     """
-    size = settings.size or denoiser.size
+    size = settings.size
+    if size is None and denoiser.size is not None:
+        size = round(denoiser.size * settings.config.at_resolution)
     if size is None:
         raise DiffScalerError("this base does not say its size; give size (--size) in pixels")
     if size % denoiser.factor:
