@@ -201,7 +201,7 @@ def table(found: dict[str, Any]) -> str:
             f"{f['weight_error']:.3f}" if "kept" in f else "–",
             f"{f['loss']:.4f}",
             f"{f['rmse']:.1f}" if "rmse" in f else "–",
-            f"{f['psnr']:.1f} dB" if "psnr" in f else "–",
+            "–" if "psnr" not in f else "equal" if f["psnr"] > 99 else f"{f['psnr']:.1f} dB",
         ]
         return f"| {title} | {' | '.join(cells)} |"
 
@@ -224,7 +224,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--per-word", type=int, default=10)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 5e-4, 1e-3])
     parser.add_argument("--pictures", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)

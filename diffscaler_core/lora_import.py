@@ -96,8 +96,10 @@ def import_lora(
     if not keys:
         raise TaskFileError(f"{path.name!r} holds no LoRA layer")
     file = _LoraFile(path, header, metadata, layers_per_block(base))
+    tensors = file.tensors(keys)
+    keys = file.acting(keys, tensors)
     family, found = file.placed(keys)
-    layers, gain = file.layers(found, family, base, keys)
+    layers, gain = file.layers(found, family, base, tensors)
     if left_out:
         logger.warning(
             "%s: %d text-encoder tensors left out; a task adapts the denoiser only",
@@ -210,12 +212,11 @@ class _LoraFile:
         found: list[_Layer],
         family: str,
         base: nn.Module | None,
-        keys: Mapping[str, Mapping[str, str]],
+        tensors: Mapping[str, Tensor],
     ) -> tuple[dict[str, dict[str, Tensor]], float]:
         """Returns the task's layers and its gain."""
         scaling = scalings(self.path, self.metadata)
         read: list[tuple[_Layer, dict[str, Tensor], float]] = []
-        tensors = self._tensors(keys)
         for layer in found:
             own = {what: tensors[key] for what, key in layer.keys.items()}
             scale = self._scale(layer, own, scaling)
@@ -238,7 +239,36 @@ class _LoraFile:
             raise TaskFileError(f"{self.path.name!r} changes nothing: all it holds is zero")
         return layers, gain
 
-    def _tensors(self, keys: Mapping[str, Mapping[str, str]]) -> dict[str, Tensor]:
+    def acting(
+        self, keys: Mapping[str, dict[str, str]], tensors: Mapping[str, Tensor]
+    ) -> dict[str, dict[str, str]]:
+        """Returns the layers without differences that are all zero.
+
+        ComfyUI's trainer stores one for every bias and every norm, which a task could not adapt.
+
+        Raises:
+            TaskFileError: A difference of a whole weight, or no layer is left.
+        """
+        whole = [own["diff"] for own in keys.values() if "diff" in own]
+        whole = [key for key in whole if bool(tensors[key].any())]
+        if whole:
+            raise TaskFileError(
+                f"{self.path.name!r} changes {len(whole)} whole weights (.diff), which no low-rank "
+                f"task does exactly: {first_names(whole)}; `diffscaler extract` fits a task to "
+                f"such a model and says how well"
+            )
+        acts = {"down", "up"}
+        left = {
+            name: own
+            for name, own in keys.items()
+            if acts & own.keys()
+            or any(bool(tensors[k].any()) for w, k in own.items() if w != "alpha")
+        }
+        if not left:
+            raise TaskFileError(f"{self.path.name!r} changes nothing: all it holds is zero")
+        return left
+
+    def tensors(self, keys: Mapping[str, Mapping[str, str]]) -> dict[str, Tensor]:
         wanted = [key for own in keys.values() for key in own.values()]
         odd = [
             f"{key} ({dtype})"
@@ -278,11 +308,6 @@ class _LoraFile:
     ) -> dict[str, Tensor]:
         """Returns a layer's D, U and shift, with the shapes a task gives them."""
         label = f"{self.path.name!r}: {layer.named!r}"
-        if "diff" in own and bool(own["diff"].any()):
-            raise TaskFileError(
-                f"{label} changes a whole weight (.diff), which no low-rank task does exactly; "
-                f"`diffscaler extract` fits one to it and says how well"
-            )
         if "shift" in own and "up_bias" in own:
             raise TaskFileError(f"{label} has two shifts")
         if ("down" in own) != ("up" in own):
@@ -367,7 +392,7 @@ def _plain(name: str) -> str:
 
 
 def layers_per_block(base: nn.Module | None) -> int:
-    """Returns how many residual blocks a U-Net's levels have; the published ones if base is None."""
+    """Returns how many residual blocks each level of a U-Net has; as published if base is None."""
     layers = getattr(getattr(base, "config", None), "layers_per_block", LAYERS_PER_BLOCK)
     return layers if isinstance(layers, int) else LAYERS_PER_BLOCK
 

@@ -197,9 +197,10 @@ class DiffScalerLayer(nn.Module, BaseTunerLayer):
     def _bias(self) -> Tensor | None:
         base: Any = base_layer(self)
         bias = getattr(base, "bias", None)
-        if bias is None or not (bias.is_meta or bias.is_inference()):
+        if bias is None or torch.compiler.is_compiling():  # which cannot ask what follows
             return cast("Tensor | None", bias)
-        return bias_of(self.target.name, base)
+        offloaded = bias.is_meta or bias.is_inference()
+        return bias_of(self.target.name, base) if offloaded else cast(Tensor, bias)
 
     def set_rows(self, rows: tuple[str, ...] | None) -> tuple[str, ...] | None:
         """Sets which adapter each row of the batch runs, None: the active ones; returns the old."""

@@ -127,7 +127,7 @@ def test_every_schema_builds_as_comfyui_asks_for_it(pack: ModuleType) -> None:
 
 def test_node_files_are_named_after_their_node_and_stay_thin(pack: ModuleType) -> None:
     for node in pack.nodes.NODES:
-        words = re.findall(r"[A-Z][a-z]+", node.__name__.removeprefix("DiffScaler"))
+        words = re.findall(r"LoRA|[A-Z][a-z]+", node.__name__.removeprefix("DiffScaler"))
         file = ROOT / "nodes" / f"{'_'.join(words).lower()}.py"
         lines = file.read_text().splitlines()
         assert len(lines) <= 120, file
