@@ -35,8 +35,8 @@ class SmallNet(nn.Module):
     Means of early layers carry colour and texture, those of the last layer's four quarters what is
     drawn where.
 
-    Features are given in units of their spread over the training pictures, from their mean there, so
-    that none outweighs the others, and so that a kernel that knows the origin makes sense.
+    Features are given in units of their spread over the training pictures, from their mean there,
+    so that none outweighs the others, and so that a kernel that knows the origin makes sense.
 
     Args:
         heads: Name of a question -> its answers' names; one linear classifier each.

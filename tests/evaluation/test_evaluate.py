@@ -137,12 +137,14 @@ def test_the_same_again_and_in_other_batches(small, pocket, words, ink, net):
 
 def test_pictures_start_from_the_noise_of_their_number(pocket, words):
     prompts = prompts_of(pocket, ("cat", "dog", "sun"), None, words)
-    plan = Plan(prompts, torch.tensor([0, 1, 2, 0]), (16, 8, 8))
+    plan = Plan(prompts, torch.tensor([0, 1, 0, 0]), (16, 8, 8))
     with pocket.held():
         all_at_once = torch.cat(list(drawn(pocket, plan, changed(batch=4))))
         one_by_one = torch.cat(list(drawn(pocket, plan, changed(batch=1))))
     torch.testing.assert_close(all_at_once, one_by_one, atol=1e-3, rtol=0)
     assert all_at_once.shape == (4, 3, 64, 64)
+    for i, j in ((0, 2), (0, 3), (2, 3)):  # one word, other noise
+        assert (all_at_once[i] - all_at_once[j]).abs().mean() > 0.01
     assert all_at_once.abs().max() <= 1
 
 
@@ -195,7 +197,8 @@ def test_rows_of_something_else_are_not_taken_over(pocket, words, ink, tmp_path)
 
     assert measured(ink) == {"base", "ink"}
     assert measured(ink) == set()
-    assert measured(combine_tasks([ink], [0.5])) == {"ink"}  # other numbers, same name
+    other = {n: {part: t * 0.5 for part, t in own.items()} for n, own in ink.layers.items()}
+    assert measured(ink.replace(layers=other)) == {"ink"}  # other numbers, all else the same
     assert measured(ink, changed(drift=0, validation=0, pictures=4, seed=3)) == {"base", "ink"}
     assert measured(ink, net=FeatureNet("others", 6, MEANS.features, key="o")) == {"base", "ink"}
     Image.new("RGB", (64, 64), "red").save(copy / "cat.png")
