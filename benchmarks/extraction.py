@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT / "pocket"))
 from train_tasks import pictures, split  # noqa: E402
 
 from diffscaler_core import TaskAdapter, load_task  # noqa: E402
-from diffscaler_core.extract import extract_task  # noqa: E402
+from diffscaler_core.extraction import extract_task  # noqa: E402
 from diffscaler_core.pocket import load_pipeline  # noqa: E402
 from diffscaler_core.training import (  # noqa: E402
     Denoiser,

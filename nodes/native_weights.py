@@ -18,7 +18,7 @@ from comfy.model_patcher import ModelPatcher, get_key_weight
 from torch import Tensor
 
 from ..diffscaler_core import DiffScalerError, TaskAdapter
-from ..diffscaler_core.extract import extract_task
+from ..diffscaler_core.extraction import extract_task
 from ..diffscaler_core.layouts import Placement, swap_halves
 from .keymap import PREFIX, component_of, diffusers_model, placements
 from .patching import tasks_on

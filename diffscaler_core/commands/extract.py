@@ -12,7 +12,7 @@ from rich.progress import Progress, TextColumn
 
 from ..average import average_tasks
 from ..errors import DiffScalerError, unknown
-from ..extract import ENERGY, MOST_RANK, extract_task
+from ..extraction import ENERGY, MOST_RANK, extract_task
 from ..files import load_task, save_task
 from ..resize import resize_task
 from .console import err, in_short, numbers, say

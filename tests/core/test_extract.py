@@ -7,8 +7,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from diffscaler_core import DiffScalerError, MismatchError, attach, load_task, save_task
-from diffscaler_core.extract import extract_task
-from diffscaler_core.low_rank import fit_change, row_scale, truncated_svd
+from diffscaler_core.extraction import extract_task
+from diffscaler_core.extraction.low_rank import fit_change, row_scale, truncated_svd
 
 from .conftest import Denoiser
 

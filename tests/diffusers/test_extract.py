@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffscaler_core import load_task
-from diffscaler_core.extract import extract_task
+from diffscaler_core.extraction import extract_task
 from diffscaler_core.foreign import class_of
 
 from .tiny_models import TINY

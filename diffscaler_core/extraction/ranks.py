@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .auto_rank import Spectrum, allocate, budget_of
-from .targets import Target
+from ..auto_rank import Spectrum, allocate, budget_of
+from ..targets import Target
 
 _AFFINE = ("scale", "shift")
 _EPS = 1e-12  # of a layer's change: less than that is as good as all

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .affiner import PARTS
-from .errors import DiffScalerError, unknown
-from .extraction_report import ExtractionReport, LayerReport, LeftOut
+from ..affiner import PARTS
+from ..errors import DiffScalerError, unknown
+from ..methods import METHODS
+from ..targets import Target, all_targets, component_of, find_targets
+from ..task import TaskAdapter, base_facts, layer_generator
 from .low_rank import LowRank, fit_change, squared
-from .methods import METHODS
-from .rank_choice import Curve, kept_at_ranks, ranks_by_budget, ranks_by_energy
-from .targets import Target, all_targets, component_of, find_targets
-from .task import TaskAdapter, base_facts, layer_generator
+from .ranks import Curve, kept_at_ranks, ranks_by_budget, ranks_by_energy
+from .report import ExtractionReport, LayerReport, LeftOut
 from .weights import Source, Weights, as_float, check_pair, weights_of
 
 #: The largest rank that rank="auto" gives a layer, unless told.

@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .errors import DiffScalerError, MismatchError, first_names
-from .foreign import class_of, names_of_original, read_foreign_header
-from .hollow import hollow_model
-from .targets import Target, base_layer, resolve
+from ..errors import DiffScalerError, MismatchError, first_names
+from ..foreign import class_of, names_of_original, read_foreign_header
+from ..hollow import hollow_model
+from ..targets import Target, base_layer, resolve
 
 #: Where a pipeline's folder keeps its denoiser; the first that is there.
 _FOLDERS = ("transformer", "unet")
