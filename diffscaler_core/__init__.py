@@ -8,8 +8,7 @@ from .control import Control
 from .errors import DiffScalerError, MismatchError, TaskFileError, UnknownNameError
 from .families import FAMILIES, Family
 from .files import load_task, read_info, save_task
-from .lora_export import export_lora
-from .lora_import import import_lora
+from .lora import export_lora, import_lora
 from .methods import METHODS
 from .schedule import Schedule
 from .stack import AffinerStack

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .families import FAMILIES
@@ -50,9 +50,14 @@ def _rows(task: TaskAdapter) -> Iterator[tuple[str, str]]:
     yield "created", str(info.get("created") or spec.get("date") or "")
 
 
-def _base(base: dict[str, Any]) -> str:
+def family_title(base: Mapping[str, Any]) -> str:
+    """Returns the name for people of the family that a task's facts of its base name."""
     family = FAMILIES.get(str(base.get("family")))
-    name = family.title if family else str(base.get("family", "an unknown base"))
+    return family.title if family else str(base.get("family", "an unknown base"))
+
+
+def _base(base: dict[str, Any]) -> str:
+    name = family_title(base)
     facts = [str(base[key]) for key in ("class", "fingerprint") if base.get(key)]
     return f"{name} ({', '.join(facts)})" if facts else name
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .describe import describe, in_bytes
+from .describe import describe, family_title, in_bytes
 from .files import outline_task, read_info
 from .foreign import FileFacts, file_facts
 
@@ -75,7 +75,7 @@ def file_row(path: str | Path) -> tuple[str, ...]:
     if facts.kind.name == "task":
         task = outline_task(path)
         base = task.info.get("base") or {}
-        family, count = str(base.get("family", "")), task.num_parameters
+        family, count = family_title(base), task.num_parameters
     layers = str(facts.layers) if facts.layers else ""
     numbers = (rank_text(facts), layers, f"{count:,}", in_bytes(facts.bytes))
     return (facts.name, facts.kind.title, family, *numbers, _dtypes(facts))

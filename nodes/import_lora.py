@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 
 from ..diffscaler_core import import_lora
 from ..diffscaler_core.describe import describe
-from ..diffscaler_core.lora_import import imported_text
+from ..diffscaler_core.lora.read import imported_text
 from .edge_types import CATEGORY, Task
 
 FOLDER = "loras"

@@ -11,8 +11,8 @@ from torch import nn
 
 from ..errors import DiffScalerError, unknown
 from ..files import load_task, save_task
-from ..lora_export import NAMINGS, export_lora
-from ..lora_import import import_lora, imported_text, is_task_file
+from ..lora.read import import_lora, imported_text, is_task_file
+from ..lora.write import NAMINGS, export_lora
 from ..task import TaskAdapter
 from .console import in_short, say
 

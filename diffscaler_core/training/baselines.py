@@ -100,7 +100,7 @@ class _Peft:
     def take_off(self) -> None:
         for name in self._layers:
             parent, _, child = name.rpartition(".")
-            wrapped = self._model.get_submodule(name)
+            wrapped: Any = self._model.get_submodule(name)
             setattr(self._model.get_submodule(parent), child, wrapped.get_base_layer())
         if hasattr(self._model, "peft_config"):
             del self._model.peft_config

@@ -276,7 +276,7 @@ def test_comfyui_reads_scales_as_differences(
     task = task.replace(layers=shifts)
     task = task.with_info(activation="identity", scale_includes_bias=includes_bias)
     got = run(part("nodes.patching").apply_task(patcher, task), name)
-    tensors = part("diffscaler_core.lora_export").lora_tensors(task, "comfyui", base=hollow)
+    tensors = part("diffscaler_core.lora.write").lora_tensors(task, "comfyui", base=hollow)
     with caplog.at_level(logging.WARNING):
         wanted = run(comfy.sd.load_lora_for_models(patcher, None, tensors, 1.0, 0.0)[0], name)
     assert "not loaded" not in caplog.text

@@ -54,7 +54,7 @@ def spans(names: Any, place: Any, width: int, rows: int) -> dict[str, tuple[int,
 
 def test_native_names_are_comfyuis(case: tuple[str, Any, Any], part: Any) -> None:
     family, _, model = case
-    names, targets = part("diffscaler_core.lora_names"), part("diffscaler_core.targets")
+    names, targets = part("diffscaler_core.lora.names"), part("diffscaler_core.targets")
     native = {t.name: t for t in targets.all_targets(model.diffusion_model)}
     table = names.places(family, "dotted")
     ours = {}
@@ -73,7 +73,7 @@ def test_every_name_comfyui_reads_is_read(case: tuple[str, Any, Any], part: Any)
     import comfy.lora
 
     family, _, model = case
-    names, keymap = part("diffscaler_core.lora_names"), part("nodes.keymap")
+    names, keymap = part("diffscaler_core.lora.names"), part("nodes.keymap")
     places = keymap.placements(model)
     native = {p.module.removeprefix("diffusion_model.") for p in places.values()}
     known = {spell(name) for name in (*places, *native) for spell in (str, names.flat)}
@@ -98,8 +98,8 @@ def test_every_layer_goes_out_and_back(
     task = full_task(part, theirs, family)
     if naming != "comfyui" and family not in ("sd3", "flux", "unet2d_condition"):
         pytest.skip("one naming shows the table, and these are large")
-    file = part("diffscaler_core.lora_export").export_lora(task, tmp_path / "l.safetensors", naming)
-    back = part("diffscaler_core.lora_import").import_lora(file)
+    file = part("diffscaler_core.lora.write").export_lora(task, tmp_path / "l.safetensors", naming)
+    back = part("diffscaler_core.lora.read").import_lora(file)
     assert back.info["base"]["family"] == family
     assert back.info["base"]["fingerprint"] == task.info["base"]["fingerprint"]
     same(task, back)

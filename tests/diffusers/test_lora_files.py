@@ -31,8 +31,8 @@ from diffscaler_core import (
     new_task,
     save_task,
 )
-from diffscaler_core.lora_export import lora_tensors
-from diffscaler_core.lora_import import imported_text
+from diffscaler_core.lora.read import imported_text
+from diffscaler_core.lora.write import lora_tensors
 
 UNET = dict(
     sample_size=8,
@@ -263,7 +263,7 @@ def test_pefts_own_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_kohyas_unet_names_do_what_diffusers_makes_of_them(name: str, tmp_path: Path) -> None:
     """Both spellings of U-Nets: diffusers' names (SD 1.5), and the first code's (SDXL)."""
-    from diffscaler_core.lora_names import flat, own_places
+    from diffscaler_core.lora.names import flat, own_places
 
     base = BASES[name]
     table = own_places("unet2d_condition")

@@ -18,15 +18,15 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .atomic import write_whole
-from .errors import DiffScalerError, MismatchError, TaskFileError, first_names, unknown
-from .families import FAMILIES
-from .layouts import fuse_rows, swap_halves
-from .lora_import import layers_per_block, scaled
-from .lora_names import LORA_NAMES, Place, flat, own_places
-from .matching import match_layers
-from .targets import as_target, bias_of
-from .task import TaskAdapter
+from ..atomic import write_whole
+from ..errors import DiffScalerError, MismatchError, TaskFileError, first_names, unknown
+from ..families import FAMILIES
+from ..layouts import fuse_rows, swap_halves
+from ..matching import match_layers
+from ..targets import as_target, bias_of
+from ..task import TaskAdapter
+from .names import LORA_NAMES, Place, flat, own_places
+from .read import layers_per_block, scaled
 
 logger = logging.getLogger(__name__)
 

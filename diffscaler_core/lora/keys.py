@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from .errors import TaskFileError, first_names
-from .lora_names import TEXT_ENCODERS
+from ..errors import TaskFileError, first_names
+from .names import TEXT_ENCODERS
 
 #: Ending -> what the tensor is: D, U, alpha, a shift, or a shift that is scaled like U. The endings
 #: of one line belong together; a layer has one set.

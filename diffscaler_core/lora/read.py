@@ -19,14 +19,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .errors import TaskFileError, first_names
-from .families import FAMILIES
-from .file_rules import check_finite, check_in_memory
-from .header import parse_json, raw_header
-from .layouts import own_units, slice_rows, swap_halves
-from .lora_alpha import Scaling, scalings
-from .lora_keys import sort_keys
-from .lora_names import (
+from ..errors import TaskFileError, first_names
+from ..families import FAMILIES
+from ..file_rules import check_finite, check_in_memory
+from ..header import parse_json, raw_header
+from ..layouts import own_units, slice_rows, swap_halves
+from ..matching import match_layers
+from ..targets import as_target, component_of, resolve
+from ..task import TaskAdapter, base_facts, fingerprint
+from .alpha import Scaling, scalings
+from .keys import sort_keys
+from .names import (
     LAYERS_PER_BLOCK,
     LORA_NAMES,
     PREFIXES,
@@ -34,9 +37,6 @@ from .lora_names import (
     places,
     split_prefix,
 )
-from .matching import match_layers
-from .targets import as_target, component_of, resolve
-from .task import TaskAdapter, base_facts, fingerprint
 
 logger = logging.getLogger(__name__)
 

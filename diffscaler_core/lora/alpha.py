@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import TaskFileError, shown
-from .header import parse_json
+from ..errors import TaskFileError, shown
+from ..header import parse_json
 
 #: Where diffusers' `save_lora_weights` keeps PEFT's configuration, and where PEFT itself does.
 METADATA_KEY = "lora_adapter_metadata"
