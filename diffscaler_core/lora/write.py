@@ -25,8 +25,8 @@ from ..layouts import fuse_rows, swap_halves
 from ..matching import match_layers
 from ..targets import as_target, bias_of
 from ..task import TaskAdapter
+from .file import layers_per_block, scaled
 from .names import LORA_NAMES, Place, flat, own_places
-from .read import layers_per_block, scaled
 
 logger = logging.getLogger(__name__)
 
