@@ -186,7 +186,7 @@ def main() -> None:
                 bench.train(method, positions, args.steps, args.batch)
     print(bench.table())
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    bench.sheet().save(PICTURE, quality=88)
+    bench.sheet().reduce(2).save(PICTURE, quality=88)
     print(f"rows from the top: {'; '.join(bench.results)}; picture: {PICTURE}")
 
 

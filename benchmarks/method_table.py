@@ -109,12 +109,21 @@ class Method:
         return task.replace(layers=layers).with_info(parts=list(kept), activation=activation)
 
 
+#: Ranks chosen by the trainer, on all of the blocks' layers, for a hundredth of the base's size.
+AUTO = {"rank": "auto", "rank_budget": "1%"}
+
 METHODS: dict[str, Method] = {
     "full": Method("full fine-tuning", FULL, baseline="full"),
     "ours": Method("diffscaler, rank 1", method="diffscaler", rank=1),
     "lora": Method("LoRA, rank 2", method="lora", rank=2, bases=("dit",)),
     "ours_wide": Method("diffscaler, rank 7", method="diffscaler", rank=7),
     "lora_wide": Method("LoRA, rank 8", method="lora", rank=8),
+    "ours_auto": Method(
+        "diffscaler, 1 % where it helps", method="diffscaler", inner=False, config=AUTO
+    ),
+    "lora_auto": Method(
+        "LoRA, 1 % where it helps", method="lora", inner=False, config=AUTO, bases=("dit",)
+    ),
     "scale_shift": Method("scale + shift, all of the blocks", VECTORS, "scale_shift", inner=False),
     "difffit": Method("DiffFit", VECTORS, "difffit", inner=False),
     "bitfit": Method("BitFit", VECTORS, "bitfit", inner=False),
