@@ -29,7 +29,7 @@ _SHOWN = (
 #: What it shows after those; workflows know a node's inputs by their places.
 _SHOWN_LATER = (
     *("control_drop", "lr_control", "control_rank", "control_activation", "control_embedding"),
-    "gamma_blocks",
+    *("gamma_blocks", "rank_budget"),
 )
 _MOST = 1_000_000
 #: Steps between samples, if no settings are connected.
@@ -95,6 +95,12 @@ _OWN: dict[str, dict[str, Any]] = {
     "lr_control": {
         "default": 0.0,
         "tooltip": "Learning rate of the control's affiner; 0: three times the learning rate.",
+    },
+    "rank_budget": {
+        "default": "",
+        "tooltip": "Let the trainer choose each layer's rank, for as many numbers as this rank "
+        "everywhere (8), a share of the model (0.4%) or a count (20k); empty: the same rank "
+        "everywhere.",
     },
     "targets": {
         "tooltip": "Which layers are adapted: blocks, attention, mlp, all, or a regular expression."
@@ -294,7 +300,7 @@ def _input(name: str, **more: Any) -> io.Input:
         return io.Combo.Input(name, **facts)
     if setting.kind is bool:
         return io.Boolean.Input(name, **{**facts, "default": bool(facts["default"])})
-    if setting.kind is str:
+    if setting.kind is str or setting.text:
         return io.String.Input(name, **{**facts, "default": facts["default"] or ""})
     low, high = LIMITS.get(name, (0, float("inf")))
     if setting.kind is int:

@@ -15,6 +15,7 @@ from comfy.model_management import InterruptProcessingException
 from torch import Tensor
 
 from ..diffscaler_core import DiffScalerError, TaskAdapter, save_task
+from ..diffscaler_core.auto_rank import AUTO
 from ..diffscaler_core.training.conditioning import NULL, Prompts, prompts_for
 from ..diffscaler_core.training.config import TrainingConfig
 from ..diffscaler_core.training.data.batches import TrainingData, with_one_table
@@ -119,12 +120,15 @@ def config_of(inputs: Inputs, model: Any) -> TrainingConfig:
     chosen = {key: value for key, value in settings.items() if key in _CONFIG}
     if not chosen.get("exclude"):
         chosen.pop("exclude", None)
+    budget = str(chosen.pop("rank_budget", "")).strip()
+    if budget:
+        chosen["rank_budget"] = budget
     return TrainingConfig(
         **{
             **chosen,
             "name": str(inputs["name"]).strip() or "task",
             "method": inputs["method"],
-            "rank": inputs["rank"],
+            "rank": AUTO if budget else inputs["rank"],
             "steps": inputs["steps"],
             "batch": inputs["batch_size"],
             "lr": rate,

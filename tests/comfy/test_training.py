@@ -321,6 +321,26 @@ def test_two_tasks_in_one_run_become_what_each_alone_becomes(bench: Bench) -> No
     assert farthest(together["one"], together["two"]) > 1e-4
 
 
+def test_ranks_are_chosen_for_a_budget(part: Any, pocket: Any, words: Any) -> None:
+    """In ComfyUI's own layers, fused q, k, v among them; the file has diffusers' separate ones."""
+    before = {name: t.clone() for name, t in pocket.model.state_dict().items()}
+    settings = dict(sample_every=0, sample_steps=2, warmup=0, rank_budget="2")
+    inputs = pocket_inputs(part, pocket, words, name="chosen", settings=settings, steps=2)
+    with torch.inference_mode():
+        task = part("nodes.training_job").train(inputs)[0]
+    ranks = {name: len(own["down"]) for name, own in task.layers.items() if "down" in own}
+    even = part("diffscaler_core").new_task(
+        part("nodes.training").denoiser_of(pocket).shape_model, rank=2, component="transformer"
+    )
+    assert len(set(ranks.values())) > 1
+    spent = sum(
+        own["down"].numel() + own["up"].numel() for own in task.layers.values() if "up" in own
+    )
+    allowed = sum(own["down"].numel() + own["up"].numel() for own in even.layers.values())
+    assert 0.9 * allowed < spent <= allowed
+    assert all(torch.equal(pocket.model.state_dict()[n], tensor) for n, tensor in before.items())
+
+
 def test_prompts_are_learned_with_the_task(part: Any, pocket: Any, words: Any) -> None:
     inputs = pocket_inputs(part, pocket, words, name="learned", steps=3)
     inputs["settings"] = {**inputs["settings"], "prompts": "learned"}

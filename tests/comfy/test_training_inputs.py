@@ -227,6 +227,10 @@ def test_settings_reach_the_trainer(part: Any, tiny: Any) -> None:
     assert (config.ema, config.targets, config.exclude) == (0.9, "attention", None)
     assert (config.name, config.lr, config.lr_scale_shift) == ("task", 1e-2, 3e-2)
     assert (config.batch, config.precision) == (2, "no")
+    assert (config.rank, told["rank_budget"]) == (3, "")
+    told = {**told, "rank_budget": " 0.4% "}
+    config = config_of({**inputs, "settings": told}, tiny.load("tiny_sd3"))
+    assert (config.rank, config.rank_budget) == ("auto", "0.4%")
 
 
 @pytest.fixture(scope="module")
