@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "pocket"))
@@ -30,6 +31,7 @@ import draw  # noqa: E402
 from words import BASE_WORDS  # noqa: E402
 
 from diffscaler_core import TaskAdapter, load_task, save_task  # noqa: E402
+from diffscaler_core.evaluation.pictures import labelled_grid  # noqa: E402
 from diffscaler_core.pocket import load_pipeline  # noqa: E402
 from diffscaler_core.resolution import at_resolution  # noqa: E402
 from diffscaler_core.training import (  # noqa: E402
@@ -43,7 +45,6 @@ from diffscaler_core.training import (  # noqa: E402
     train_task,
     validation_loss,
 )
-from diffscaler_core.training.preview import grid  # noqa: E402
 
 POCKET = ROOT / "assets" / "pocket"
 FOLDER, PICTURE = ROOT / "out" / "high_resolution", ROOT / "docs" / "images" / "high_resolution.jpg"
@@ -132,13 +133,14 @@ class Bench:
     def sheet(self) -> Image.Image:
         """Returns a row per run, a column per word, all from the same noise."""
         told = prompts_for(self.denoiser, SHOWN, "stored", words=self.words)
-        rows: list[Tensor] = []
+        rows: list[tuple[str, list[Tensor]]] = []
         for name in self.results:
             method, _, positions = name.partition(", ")
             file = FOLDER / f"{plain(name)}.safetensors"
             task = None if method == "base" else load_task(file)
-            rows += self.drawn(told, task, POSITIONS[positions])
-        return grid(rows, len(SHOWN))  # type: ignore[no-any-return]
+            drawn = self.drawn(told, task, POSITIONS[positions])
+            rows.append((name, [avg_pool2d(picture, 2) for picture in drawn]))
+        return labelled_grid(rows)  # type: ignore[no-any-return]
 
     def drawn(self, told: Any, task: TaskAdapter | None, factor: float) -> list[Tensor]:
         """Returns one picture per word."""
@@ -186,7 +188,7 @@ def main() -> None:
                 bench.train(method, positions, args.steps, args.batch)
     print(bench.table())
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    bench.sheet().reduce(2).save(PICTURE, quality=88)
+    bench.sheet().save(PICTURE, quality=88)
     print(f"rows from the top: {'; '.join(bench.results)}; picture: {PICTURE}")
 
 

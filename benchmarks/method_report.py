@@ -244,7 +244,7 @@ def draw(base: str, done: Sequence[Cell], shown: int = 3) -> None:
     rows = [k for k in rows if k == "set" or any(one["method"] == k for one in done)]
     width = left + len(names) * (shown * side + 6)
     page = Image.new("RGB", (width, top + len(rows) * (side + 2)), "white")
-    pen, font = ImageDraw.Draw(page), _font(12)
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=12)
     for j, name in enumerate(names):
         at = left + j * (shown * side + 6)
         pen.text((at, 3), SETS[name].title, fill="black", font=font)
@@ -271,12 +271,3 @@ def _pictures(base: str, key: str, name: str, count: int) -> list[Image.Image]:
         latents = load_file(found[0])["latents"][:count].float()
     with torch.no_grad():
         return [to_image(one) for one in vae_decode(load_vae(POCKET))(latents)]
-
-
-def _font(size: int) -> Any:
-    for path in ("DejaVuSans.ttf", "/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf"):
-        try:
-            return ImageFont.truetype(path, size)
-        except OSError:
-            continue
-    return ImageFont.load_default()
