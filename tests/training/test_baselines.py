@@ -12,7 +12,7 @@ from diffscaler_core import DiffScalerError
 from diffscaler_core.errors import UnknownNameError
 from diffscaler_core.training import as_denoiser, validation_loss
 from diffscaler_core.training.baselines import BASELINES, TrainedBaseline, train_baseline
-from diffscaler_core.training.conditioning import prompts_for
+from diffscaler_core.training.conditioning import Prompts, prompts_for
 
 from .bases import dit_pipe, unet_pipe
 from .runs import config_of, data_of
@@ -70,10 +70,12 @@ def test_counts_what_is_trained(pictures):
     pytest.importorskip("peft")
     model = as_denoiser(dit_pipe()).model
     full = trained(dit_pipe(), "full", pictures, steps=1)
-    assert full.num_parameters == sum(p.numel() for p in model.parameters())
+    rows = 2 * 2 * 16  # two new classes in the tables of two blocks, which travel in the task
+    assert full.task.num_parameters == rows
+    assert full.num_parameters == sum(p.numel() for p in model.parameters()) + rows
     lora = trained(dit_pipe(), "peft_lora", pictures, steps=1)
     linears = [model.get_submodule(name) for name in lora.names]
-    assert lora.num_parameters == sum(2 * (m.in_features + m.out_features) for m in linears)
+    assert lora.num_parameters == sum(2 * (m.in_features + m.out_features) for m in linears) + rows
     dora = trained(dit_pipe(), "peft_dora", pictures, steps=1)
     assert dora.num_parameters == lora.num_parameters + sum(m.out_features for m in linears)
 
@@ -84,15 +86,18 @@ def test_full_fine_tuning_is_plain_adamw(pictures):
     denoiser = as_denoiser(pipe)
     data = data_of(denoiser, pictures)
     config = config_of(steps=3, drop=0.0, lr=1e-3, schedule="constant", warmup=0, batch=4)
+    labels = {"label": torch.tensor([3, 7])}  # the base's own: nothing is trained but weights
+    prompts = Prompts(data.prompts, labels, {"label": torch.tensor([10])})
     seen = []
-    done = train_baseline(denoiser, data, config, on_step=lambda now: seen.append(now.loss))
+    done = train_baseline(
+        denoiser, data, config, prompts=prompts, on_step=lambda now: seen.append(now.loss)
+    )
 
     from diffscaler_core.training.learner import _DRAWS
     from diffscaler_core.training.objective import draw_times
     from diffscaler_core.training.randomness import generator_for
 
     other = as_denoiser(dit_pipe())
-    prompts = prompts_for(other, data.prompts)
     moved = torch.optim.AdamW(
         other.model.requires_grad_(True).parameters(), 1e-3, betas=(0.9, 0.99), weight_decay=0
     )

@@ -380,7 +380,7 @@ def test_ranks_are_chosen_planned_and_printed(base, pictures, words_file, tmp_pa
     more = ["--words", words_file, "--rank", "auto", "--rank-budget", "60%"]
     planned = train(base, pictures, out, *more, "--plan")
     assert planned.exit_code == 0, planned.output
-    assert re.search(r"ranks +ranks 1 to \d+ on \d+ of \d+ layers", planned.stdout)
+    assert re.search(r"ranks +ranks \d+ to \d+ on \d+ of \d+ layers", planned.stdout)
     result = train(base, pictures, out, *more)
     assert result.exit_code == 0, result.output
     assert "rank for 90 %" in result.stderr

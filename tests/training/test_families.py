@@ -523,7 +523,8 @@ def test_packing_is_the_pipelines_own_and_comes_undone():
 
 def test_every_family_that_can_be_trained_is_compared_here():
     named = {name.split(",")[0].split(" ")[0] for name in CASES}
-    assert named | {"unet2d_condition"} == set(CALLS) | {"sd"}
+    # no pipeline calls a U-Net of classes; tests/training/test_classes.py trains one
+    assert named | {"unet2d_condition", "unet2d_classes"} == set(CALLS) | {"sd"}
 
 
 #: Sides of a token, in latents.
