@@ -152,12 +152,14 @@ METHODS: dict[str, Method] = {
 }
 
 
+#: In place of STEPS and BATCH: far enough for full fine-tuning to begin to learn by heart.
+LONG = {"steps": 1500, "batch": 16}
 #: Sets that learning rates are chosen on, by validation loss: one of each kind.
 TUNED_ON = ("ink", "blueprint")
 
 
 def _ablation() -> dict[str, Method]:
-    """Returns the rows of the ablation: parts × activation × rank, all on the inner layers."""
+    """Returns the rows of the ablation: parts × activation × rank on the inner layers; long runs."""
     affine = {"scale": ("scale",), "shift": ("shift",), "scale_shift": ("scale", "shift")}
     rows = {
         f"only_{name}": Method(
@@ -179,6 +181,11 @@ def _ablation() -> dict[str, Method]:
                 activation=activation,
                 bases=("dit", "dit_small", "dit_wide") if rank in (1, 8) else ("dit",),
             )
+    for key in ("full", "ours", "lora", "ours_auto", "lora_auto", "ours_wide", "lora_wide"):
+        row = METHODS[key]
+        rows[f"long_{key}"] = replace(
+            row, title=f"{row.title}, long", config={**row.config, **LONG}, bases=("dit",)
+        )
     return rows
 
 
