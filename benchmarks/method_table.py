@@ -159,7 +159,7 @@ TUNED_ON = ("ink", "blueprint")
 
 
 def _ablation() -> dict[str, Method]:
-    """Returns the rows of the ablation: parts × activation × rank on the inner layers; long runs."""
+    """Returns the ablation: parts × activation × rank on the inner layers, and long runs."""
     affine = {"scale": ("scale",), "shift": ("shift",), "scale_shift": ("scale", "shift")}
     rows = {
         f"only_{name}": Method(
