@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import sys
 import time
@@ -22,12 +23,15 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel, UNet2DModel
 from method_sets import NULL, POCKET, ROOT, SHAPE, encoded, pictures
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from words import BASE_WORDS
 
+from diffscaler_core.atomic import write_whole
 from diffscaler_core.autoencoder import vae_decode
 from diffscaler_core.pocket import load_vae
+from diffscaler_core.training.checkpoints import optimizer_state, restore_optimizer
 from diffscaler_core.training.objective import shifted
 from diffscaler_core.training.preview import grid
 
@@ -65,12 +69,11 @@ def unet(first: int = 64, second: int = 144) -> UNet2DModel:
     )
 
 
-#: Name -> what makes it. "dit" and "unet" are the table's; the others are for the ablation of size.
+#: Name -> what makes it. "dit" and "unet" are the table's; the other is for the ablation of size.
 BASES: dict[str, Callable[[], nn.Module]] = {
     "dit": dit,
     "unet": unet,
     "dit_small": lambda: dit(128, 4),
-    "dit_wide": lambda: dit(320, 4),
 }
 
 
@@ -119,13 +122,7 @@ def train(name: str, steps: int, batch: int, rate: float) -> None:
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     WORK.mkdir(parents=True, exist_ok=True)
-    checkpoint, start = WORK / f"{name}.pt", 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        mean.load_state_dict(state["mean"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+    start = _resume(name, model, mean, optimizer)
     x0, began, seen = _latents(), time.monotonic(), []
     pairs = list(zip(mean.parameters(), model.parameters(), strict=True))
     for step in range(start, steps):
@@ -154,13 +151,38 @@ def train(name: str, steps: int, batch: int, rate: float) -> None:
             print(f"{name} step {step + 1} loss {sum(seen[-200:]) / 200:.4f} {minutes:.1f} min")
             sys.stdout.flush()
         if (step + 1) % 1000 == 0 or step + 1 == steps:
-            state = {"model": model.state_dict(), "mean": mean.state_dict(), "step": step + 1}
-            _replace(
-                checkpoint,
-                lambda p, s=state: torch.save({**s, "optimizer": optimizer.state_dict()}, p),
-            )
-            _replace(WORK / f"{name}.safetensors", lambda p: save_file(mean.state_dict(), p))
+            _save(name, step + 1, model, mean, optimizer)
             show(mean, range(40), WORK / f"{name}.png")
+
+
+def _save(
+    name: str, step: int, model: nn.Module, mean: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Writes the base, and what training needs to go on."""
+    write_whole(WORK / f"{name}.safetensors", save(mean.state_dict()))
+    moments, facts = optimizer_state(optimizer)
+    state = {f"model/{n}": t for n, t in model.state_dict().items()}
+    state |= {f"optimizer/{n}": t for n, t in moments.items()}
+    metadata = {"step": str(step), "optimizer": json.dumps(facts)}
+    write_whole(WORK / f"{name}_training.safetensors", save(state, metadata))
+
+
+def _resume(name: str, model: nn.Module, mean: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Puts back what `_save` wrote; returns the step to go on from, 0 if there is nothing."""
+    path = WORK / f"{name}_training.safetensors"
+    if not path.exists():
+        return 0
+    with safe_open(path, "pt") as file:
+        facts = file.metadata()
+        state = {key: file.get_tensor(key) for key in file.keys()}
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+    for key, tensor in state.items():
+        kind, _, rest = key.partition("/")
+        parts[kind][rest] = tensor
+    model.load_state_dict(parts["model"])
+    mean.load_state_dict(load_file(WORK / f"{name}.safetensors"))
+    restore_optimizer(optimizer, parts["optimizer"], json.loads(facts["optimizer"]))
+    return int(facts["step"])
 
 
 def show(model: nn.Module, labels: Sequence[int], path: Path) -> None:
@@ -175,14 +197,8 @@ def _latents() -> Tensor:
     path = WORK / "base_latents.safetensors"
     if not path.exists():
         x0 = encoded(pictures(BASE_WORDS, "plain", PER_WORD, SEED)).half().contiguous()
-        _replace(path, lambda p: save_file({"x0": x0}, p))
+        write_whole(path, save({"x0": x0}))
     return load_file(path)["x0"]
-
-
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    temporary.replace(path)
 
 
 def main() -> None:

@@ -16,9 +16,10 @@ import torch
 from method_bases import SHIFT, WORK, load_base
 from method_sets import NULL, POCKET, SETS, SHAPE, SIDE, encoded, pictures
 from method_table import ROWS, Method
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from diffscaler_core.atomic import write_whole
 from diffscaler_core.autoencoder import vae_decode
 from diffscaler_core.evaluation.distances import frechet_distance, kernel_distance
 from diffscaler_core.evaluation.features import load_features
@@ -73,11 +74,8 @@ def data_of(name: str, count: int, seed: int) -> TrainingData:
     per_word = math.ceil(count / len(own.words))
     path = WORK / "sets" / f"{name}_{count}_{seed}.safetensors"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         x0 = encoded(pictures(own.words, own.style, per_word, seed))
-        temporary = path.with_suffix(f".{time.monotonic_ns()}")
-        save_file({"x0": x0.contiguous()}, temporary)
-        temporary.replace(path)
+        write_whole(path, save({"x0": x0.contiguous()}))
     x0 = load_file(path)["x0"]
     index = torch.arange(len(x0)) // per_word if own.conditional else torch.zeros(len(x0))
     return TrainingData(x0.unsqueeze(0), index.long(), prompts_of(name).names)
@@ -221,15 +219,13 @@ def cell(
             scores = {"validation": loss}
     facts |= scores
     if latents is not None and seed == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"latents": latents.half().contiguous()}, path.with_suffix(".safetensors"))
+        write_whole(
+            path.with_suffix(".safetensors"), save({"latents": latents.half().contiguous()})
+        )
     return kept(path, facts)
 
 
 def kept(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Writes a cell, whole or not at all; returns it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(facts))
-    temporary.replace(path)
+    write_whole(path, json.dumps(facts).encode())
     return facts

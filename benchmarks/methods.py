@@ -75,8 +75,8 @@ def cells(bases: tuple[str, ...]) -> Iterator[tuple[str, str, str, int]]:
 
 def ablation() -> Iterator[tuple[str, str, str, int]]:
     """Yields (base, row, set, seed) of the ablation."""
-    for base in ("dit", "dit_small", "dit_wide"):
-        for key, name, seed in itertools.product(["base", *ABLATION], ABLATION_SETS, SEEDS[:2]):
+    for seed, base in itertools.product(SEEDS[:2], ("dit", "dit_small")):
+        for key, name in itertools.product(["base", *ABLATION], ABLATION_SETS):
             if key == "base" or base in ABLATION[key].bases:
                 yield base, key, name, seed
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import DiffScalerError, MismatchError, first_names
-from .task import TaskAdapter
+from .task import TaskAdapter, flat
 
 #: Where the Ds of two tasks point less alike than this (cosine over all layers), they are of
 #: different runs. Our choice: checkpoints of one run are far above, different seeds near 0.
@@ -104,7 +104,7 @@ def _check(first: TaskAdapter, other: TaskAdapter) -> None:
 
 
 def _shapes(task: TaskAdapter) -> dict[str, tuple[int, ...]]:
-    named = {f"{layer}.{part}": t for layer, own in task.layers.items() for part, t in own.items()}
+    named = flat(task.layers)
     named |= {f"conditioning.{name}": tensor for name, tensor in task.conditioning.items()}
     return {name: tuple(tensor.shape) for name, tensor in (named | dict(task.extras)).items()}
 

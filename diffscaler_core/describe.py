@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from .families import FAMILIES
@@ -104,7 +104,11 @@ def _control(facts: dict[str, Any]) -> str:
 
 
 def _rank(task: TaskAdapter) -> str:
-    ranks = [len(tensors["down"]) for tensors in task.layers.values() if "down" in tensors]
+    return span([len(tensors["down"]) for tensors in task.layers.values() if "down" in tensors])
+
+
+def span(ranks: Collection[int]) -> str:
+    """Returns ranks in short: "8", "4 to 16" where they differ, "" if there are none."""
     if not ranks:
         return ""
     low, high = min(ranks), max(ranks)

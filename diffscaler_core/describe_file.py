@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .describe import describe, family_title, in_bytes
+from .describe import describe, family_title, in_bytes, span
 from .files import outline_task, read_info
 from .foreign import FileFacts, file_facts
 
@@ -83,10 +83,7 @@ def file_row(path: str | Path) -> tuple[str, ...]:
 
 def rank_text(facts: FileFacts) -> str:
     """Returns an adapter's rank, "4 to 16" where layers differ, "" without any."""
-    if not facts.ranks:
-        return ""
-    low, high = min(facts.ranks.values()), max(facts.ranks.values())
-    return str(low) if low == high else f"{low} to {high}"
+    return span(facts.ranks.values())
 
 
 def _rows(facts: FileFacts) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,8 @@ from .file_rules import (
     check_layers,
     grouped,
 )
-from .header import parse_json, raw_header
-from .task import TaskAdapter
+from .header import parse_json, read_any_header
+from .task import TaskAdapter, flat, rank_facts
 from .version import __version__
 
 FORMAT = "1"
@@ -54,13 +53,32 @@ def save_task(task: TaskAdapter, path: str | Path) -> Path:
         TaskFileError: Another ending, a task that could not be loaded again (names, facts, shapes,
             dtypes, NaN, Inf), or the disk refuses; what was there before is then untouched.
     """
+    path = safetensors_path(path)
+    tensors = _flatten(task)
+    check_in_memory(path.name, tensors, task.info)
+    return write_file(path, _encode(task, tensors))
+
+
+def safetensors_path(path: str | Path) -> Path:
+    """Returns where a file is to go.
+
+    Raises:
+        TaskFileError: Another ending than `.safetensors`.
+    """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise TaskFileError(f"{path.name!r} must end in .safetensors")
-    tensors = _flatten(task)
-    check_in_memory(path.name, tensors, task.info)
+    return path
+
+
+def write_file(path: Path, data: bytes) -> Path:
+    """Writes a file whole or not at all, and returns its path.
+
+    Raises:
+        TaskFileError: The disk refuses; what was there before is untouched.
+    """
     try:
-        write_whole(path, _encode(task, tensors))
+        write_whole(path, data)
     except OSError as error:
         raise TaskFileError(
             f"could not write {str(path)!r}: {error.strerror or error}; nothing was changed there"
@@ -155,17 +173,14 @@ def read_header(path: str | Path) -> dict[str, Any]:
         TaskFileError: Not safetensors, cut short, or a header no task has.
     """
     path = Path(path)
-    header = parse_json(path.name, "header", raw_header(path))
-    metadata = header.setdefault("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise TaskFileError(f"{path.name!r} has header metadata that is not text")
+    entries, metadata = read_any_header(path)
     if "diffscaler.format" not in metadata:
         raise TaskFileError(
             f"{path.name!r} is no DiffScaler task (no 'diffscaler.format' in its header); "
             f"a LoRA file becomes one by import_lora(path), or by: diffscaler convert "
             f"{path.name} task.safetensors"
         )
-    return header
+    return {**entries, "__metadata__": metadata}
 
 
 def _read_config(file: str, header: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,7 +220,7 @@ def _modelspec(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _flatten(task: TaskAdapter) -> dict[str, Tensor]:
-    tensors = {f"{layer}.{n}": t for layer, own in task.layers.items() for n, t in own.items()}
+    tensors = flat(task.layers)
     tensors |= {f"conditioning.{name}": tensor for name, tensor in task.conditioning.items()}
     tensors |= dict(task.extras)
     # copies, as safetensors refuses tensors that share memory, and those of one task may
@@ -218,7 +233,7 @@ def _encode(task: TaskAdapter, tensors: dict[str, Tensor]) -> bytes:
     config = {
         **task.info,
         "prompts": list(task.prompts),
-        "ranks": _ranks(task),
+        "ranks": rank_facts(task.layers),
         "layers": len(task.layers),
     }
     family = FAMILIES.get(str((task.info.get("base") or {}).get("family")))
@@ -248,10 +263,3 @@ def _to_json(config: Mapping[str, Any]) -> str:
         return json.dumps(config, sort_keys=True, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise TaskFileError(f"the task's info cannot be written as JSON: {error}") from error
-
-
-def _ranks(task: TaskAdapter) -> dict[str, int]:
-    """Returns the commonest rank as "default", and the layers that have another."""
-    own = {n.partition(".")[2]: len(t["down"]) for n, t in task.layers.items() if "down" in t}
-    default = Counter(own.values()).most_common(1)[0][0] if own else 0
-    return {"default": default, **{n: rank for n, rank in own.items() if rank != default}}

@@ -8,26 +8,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from .errors import TaskFileError
 from .families import FAMILIES, Family
-from .header import parse_json, raw_header
+from .header import Header, read_any_header
 
 #: Other tools keep whole tag tables in the header; a real one is below 8 MiB.
 MAX_HEADER, MAX_ITEMS = 16 * 2**20, 2**20
-
-
-class Header(NamedTuple):
-    """A safetensors header.
-
-    Attributes:
-        entries: Tensor name -> {"dtype", "shape", …}.
-        metadata: What the file says of itself.
-    """
-
-    entries: Mapping[str, Mapping[str, Any]]
-    metadata: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -192,13 +179,7 @@ def read_foreign_header(path: str | Path) -> Header:
         TaskFileError: Not safetensors, or cut short.
         FileNotFoundError: No such file.
     """
-    path = Path(path)
-    header = parse_json(path.name, "header", raw_header(path, MAX_HEADER, MAX_ITEMS))
-    metadata = header.pop("__metadata__", {})
-    shaped = all(isinstance(e, dict) and isinstance(e.get("shape"), list) for e in header.values())
-    if not shaped or not isinstance(metadata, dict):
-        raise TaskFileError(f"{path.name!r} is no safetensors file: its header is malformed")
-    return Header(header, {str(k): str(v) for k, v in metadata.items()})
+    return read_any_header(Path(path), MAX_HEADER, MAX_ITEMS)
 
 
 def file_facts(path: str | Path) -> FileFacts:

@@ -8,12 +8,48 @@ import os
 import stat
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import TaskFileError, first_names, shown
 
 MAX_HEADER = 4 * 2**20  # bytes; a real header of 1,000 layers is 0.4 MiB
 MAX_ITEMS = 2**18  # JSON values in a header; a real one has about 10 a tensor
+
+
+class Header(NamedTuple):
+    """A safetensors header.
+
+    Attributes:
+        entries: Tensor name -> {"dtype", "shape", …}.
+        metadata: What the file says of itself.
+    """
+
+    entries: dict[str, dict[str, Any]]
+    metadata: dict[str, str]
+
+
+def read_any_header(path: Path, most: int = MAX_HEADER, items: int = MAX_ITEMS) -> Header:
+    """Returns the header of any safetensors file, read with bounded memory.
+
+    Args:
+        path: The file.
+        most: Bytes the header may have.
+        items: JSON values it may have.
+
+    Raises:
+        TaskFileError: Not safetensors, cut short, or larger than that.
+        FileNotFoundError: No such file.
+    """
+    header = parse_json(path.name, "header", raw_header(path, most, items))
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise TaskFileError(f"{path.name!r} has header metadata that is not text")
+    if not all(
+        isinstance(entry, dict) and "dtype" in entry and isinstance(entry.get("shape"), list)
+        for entry in header.values()
+    ):
+        raise TaskFileError(f"{path.name!r} is no safetensors file: its header is malformed")
+    return Header(header, metadata)
 
 
 def raw_header(path: Path, most: int = MAX_HEADER, items: int = MAX_ITEMS) -> bytes:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .affiner import init_affiner
 from .errors import DiffScalerError
-from .task import TaskAdapter, layer_generator
+from .task import TaskAdapter, layer_generator, rank_facts
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def resize_task(
                 del own["down"], own["up"]
         layers[name] = own
     resized = task.replace(layers={name: own for name, own in layers.items() if own})
-    return Resized(_with_ranks(resized), errors, linear)
+    return Resized(resized.with_info(ranks=rank_facts(resized.layers)), errors, linear)
 
 
 @dataclass(frozen=True)
@@ -158,15 +158,6 @@ def _grown(tensors: Mapping[str, Tensor], rank: int, seed: int, layer: str) -> d
 def _lost(worth: Tensor, kept: int) -> float:
     whole = float(worth.double().norm())
     return float(worth[kept:].double().norm()) / whole if whole else 0.0
-
-
-def _with_ranks(task: TaskAdapter) -> TaskAdapter:
-    """Returns the task with its facts about ranks as they are now."""
-    ranks = {n.partition(".")[2]: len(t["down"]) for n, t in task.layers.items() if "down" in t}
-    counts = list(ranks.values())
-    usual = max(set(counts), key=counts.count) if counts else 0
-    own = {name: rank for name, rank in ranks.items() if rank != usual}
-    return task.with_info(ranks={"default": usual, **own})
 
 
 def _wide(t: Tensor) -> Tensor:

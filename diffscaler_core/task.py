@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .affiner import ACTIVATIONS, init_affiner
+from .affiner import ACTIVATIONS, PARTS, init_affiner
 from .classes import CLASSES, ROWS, class_tables
 from .errors import DiffScalerError, UnknownNameError, first_names, unknown
 from .families import family_of
@@ -408,6 +409,24 @@ def layer_generator(seed: int, layer: str) -> torch.Generator:
     """Returns a layer's own random source: hosts list a model's layers in different orders."""
     digest = hashlib.sha256(f"{seed}/{layer}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def parts_of(layers: Layers) -> list[str]:
+    """Returns the names among `affiner.PARTS` of what any of the layers has."""
+    there = {tensor for own in layers.values() for tensor in own}
+    return [part for part in PARTS if ("down" if part == "subspace" else part) in there]
+
+
+def rank_facts(layers: Layers) -> dict[str, int]:
+    """Returns the commonest rank as "default", and the layers that have another."""
+    own = {n.partition(".")[2]: len(t["down"]) for n, t in layers.items() if "down" in t}
+    default = Counter(own.values()).most_common(1)[0][0] if own else 0
+    return {"default": default, **{n: rank for n, rank in own.items() if rank != default}}
+
+
+def flat(layers: Layers) -> dict[str, Tensor]:
+    """Returns the tensors of layers as files name them, "<layer>.<part>"."""
+    return {f"{layer}.{part}": t for layer, own in layers.items() for part, t in own.items()}
 
 
 def base_facts(model: nn.Module, targets: Sequence[Target]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ..affiner import PARTS
 from ..errors import DiffScalerError, unknown
 from ..methods import METHODS
 from ..targets import Target, all_targets, component_of, find_targets
-from ..task import TaskAdapter, base_facts, layer_generator
+from ..task import TaskAdapter, base_facts, layer_generator, parts_of
 from .low_rank import LowRank, fit_change, squared
 from .ranks import Curve, kept_at_ranks, ranks_by_budget, ranks_by_energy
 from .report import ExtractionReport, LayerReport, LeftOut
@@ -291,8 +291,7 @@ def _info(
     report: ExtractionReport,
     base: Mapping[str, Any],
 ) -> dict[str, Any]:
-    there = {part for tensors in layers.values() for part in tensors}
-    parts = [part for part in PARTS if part in there or (part == "subspace" and "down" in there)]
+    parts = parts_of(layers)
     # the method whose parts these are; a task of other parts is DiffScaler's with some left out
     method = next(
         (n for n, m in METHODS.items() if list(m.parts) == parts and not m.only), "diffscaler"

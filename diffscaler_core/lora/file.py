@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ..errors import TaskFileError, first_names
 from ..families import FAMILIES
 from ..file_rules import check_finite
-from ..header import parse_json, raw_header
 from ..layouts import own_units, slice_rows, swap_halves
 from ..targets import as_target, resolve
 from .alpha import Scaling, scalings
@@ -273,21 +272,6 @@ class LoraFile:
         """Returns what the file calls itself."""
         keys = ("modelspec.title", "ss_output_name")
         return next((self.metadata[k] for k in keys if self.metadata.get(k)), self.path.stem)
-
-
-def read_lora_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Returns (tensor name -> entry, metadata) of a safetensors file.
-
-    Raises:
-        TaskFileError: It is no safetensors file.
-    """
-    header = parse_json(path.name, "header", raw_header(path))
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise TaskFileError(f"{path.name!r} has header metadata that is not text")
-    if not all(isinstance(entry, dict) and "dtype" in entry for entry in header.values()):
-        raise TaskFileError(f"{path.name!r} is no safetensors file: its header is malformed")
-    return header, metadata
 
 
 def scaled(tensor: Tensor, scale: float) -> Tensor:

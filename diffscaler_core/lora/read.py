@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from ..errors import TaskFileError
 from ..families import FAMILIES
 from ..file_rules import check_in_memory
+from ..foreign import read_foreign_header
 from ..matching import match_layers
 from ..targets import as_target, component_of
-from ..task import TaskAdapter, base_facts, fingerprint
-from .file import LoraFile, layers_per_block, read_lora_header
+from ..task import TaskAdapter, base_facts, fingerprint, flat, parts_of
+from .file import LoraFile, layers_per_block
 from .keys import sort_keys
 from .names import PREFIXES, split_prefix
 
@@ -56,7 +57,7 @@ def import_lora(
         FileNotFoundError: No such file.
     """
     path = Path(path)
-    header, metadata = read_lora_header(path)
+    header, metadata = read_foreign_header(path)
     if "diffscaler.format" in metadata:
         raise TaskFileError(f"{path.name!r} is a DiffScaler task already; load_task reads it")
     keys, left_out, endings = sort_keys(path.name, header)
@@ -81,7 +82,7 @@ def import_lora(
     task = _task(layers, gain, family, file.modelspec(), name or file.title(), facts)
     if base is not None:
         task = _checked(task, base)
-    check_in_memory(path.name, _flat_layers(task), task.info)
+    check_in_memory(path.name, flat(task.layers), task.info)
     return task
 
 
@@ -92,7 +93,7 @@ def is_task_file(path: str | Path) -> bool:
         TaskFileError: It is no safetensors file.
         FileNotFoundError: No such file.
     """
-    return "diffscaler.format" in read_lora_header(Path(path))[1]
+    return "diffscaler.format" in read_foreign_header(Path(path))[1]
 
 
 def imported_text(task: TaskAdapter) -> str:
@@ -121,7 +122,7 @@ def _task(
     name: str,
     facts: dict[str, Any],
 ) -> TaskAdapter:
-    parts = [p for p, t in (("shift", "shift"), ("subspace", "down")) if _has(layers, t)]
+    parts = parts_of(layers)
     shapes = {
         layer.partition(".")[2]: (len(t["up"]), *t["down"].shape[1:])
         for layer, t in layers.items()
@@ -146,17 +147,9 @@ def _task(
     return TaskAdapter(layers, info, modelspec=modelspec)
 
 
-def _has(layers: Mapping[str, Mapping[str, Tensor]], part: str) -> bool:
-    return any(part in tensors for tensors in layers.values())
-
-
 def _checked(task: TaskAdapter, base: nn.Module) -> TaskAdapter:
     """Returns the task with the base's own facts, once every layer fits it."""
     own = task.component_layers(component_of(base))
     modules = match_layers(base, {task.name: task}, {task.name: own})
     targets = [as_target(name, module) for name, module in modules.items()]
     return task.with_info(base=base_facts(base, [t for t in targets if t is not None]))
-
-
-def _flat_layers(task: TaskAdapter) -> dict[str, Tensor]:
-    return {f"{layer}.{n}": t for layer, own in task.layers.items() for n, t in own.items()}

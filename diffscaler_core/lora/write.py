@@ -2,7 +2,7 @@
 
 An identity subspace is a LoRA, a shift a difference of the bias; a scale is a difference of the
 whole weight, (1 + a) ⊙ W − W, which needs the base's W. What depends on its input by more than a
-matrix (a relu subspace, a control, a schedule, classes) no LoRA file can hold.
+matrix (a relu subspace, a control, a schedule, new classes) no LoRA file can hold.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..atomic import write_whole
-from ..errors import DiffScalerError, MismatchError, TaskFileError, first_names, unknown
+from ..errors import DiffScalerError, MismatchError, first_names, unknown
 from ..families import FAMILIES
+from ..files import safetensors_path, write_file
 from ..layouts import fuse_rows, swap_halves
 from ..matching import match_layers
 from ..targets import as_target, bias_of
@@ -57,9 +57,7 @@ def export_lora(
             says what and why.
         TaskFileError: Another ending, or the disk refuses.
     """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise TaskFileError(f"{path.name!r} must end in .safetensors")
+    path = safetensors_path(path)
     tensors = lora_tensors(task, naming, base=base)
     family = FAMILIES.get(str((task.info.get("base") or {}).get("family")))
     metadata = {
@@ -70,13 +68,7 @@ def export_lora(
         "modelspec.implementation": "diffscaler",
         "modelspec.title": task.name,
     }
-    try:
-        write_whole(path, save(tensors, metadata))
-    except OSError as error:
-        raise TaskFileError(
-            f"could not write {str(path)!r}: {error.strerror or error}; nothing was changed there"
-        ) from error
-    return path
+    return write_file(path, save(tensors, metadata))
 
 
 @torch.no_grad()
@@ -113,12 +105,10 @@ def _check(task: TaskAdapter) -> None:
         )
     if task.is_control:
         reasons.append("it takes a control picture")
-    elif task.extras:
+    elif task.extras:  # new classes' rows are among them; the base's own need no place
         reasons.append(f"it holds more than layers: {first_names(task.extras)}")
     if task.schedule is not None:
         reasons.append("it has a schedule, and weights act in every step")
-    if task.info.get("classes"):
-        reasons.append("it brings classes of its own")
     if not task.layers:
         reasons.append("it adapts no layer")
     if reasons:

@@ -12,7 +12,6 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..affiner import PARTS
 from ..combine import combine_tasks
 from ..errors import DiffScalerError, first_names, unknown
 from ..matching import QKV, has_fused_qkv
@@ -25,7 +24,7 @@ from ..targets import (
     component_of,
     find_targets,
 )
-from ..task import base_facts, new_task
+from ..task import base_facts, new_task, parts_of
 from .config import DiffScalerConfig
 from .layer import BASE, DiffScalerLayer
 from .registration import PREFIX
@@ -58,8 +57,8 @@ class DiffScalerModel(BaseTuner):
         component = component_of(model)
         layers = new_task(model, config.method, 1, names, component=component).layers
         for name in names:
-            own = layers.get(f"{component}.{name}", {})
-            parts = [p for p in PARTS if ("down" if p == "subspace" else p) in own]
+            layer = f"{component}.{name}"
+            parts = parts_of({layer: layers.get(layer, {})})
             if set(parts) != set(METHODS[config.method].parts) and not config.names_parts(name):
                 config.parts_pattern[re.escape(name)] = parts
 

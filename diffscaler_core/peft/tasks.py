@@ -8,9 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import PeftType
@@ -18,14 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ..affiner import PARTS, TENSORS
+from ..affiner import TENSORS
 from ..atomic import write_whole
 from ..errors import DiffScalerError, TaskFileError, first_names, unknown
 from ..file_rules import check_in_memory
 from ..folding import weights_of
 from ..matching import match_layers
 from ..targets import base_layer, component_of
-from ..task import Layers, TaskAdapter
+from ..task import Layers, TaskAdapter, flat, parts_of
 from .config import DiffScalerConfig
 from .layer import DiffScalerLayer
 from .model import bare, layers_of
@@ -137,7 +135,7 @@ def config_of(task: TaskAdapter, component: str | None = None) -> DiffScalerConf
         component: Which of its components; None: the only one.
     """
     layers = task.component_layers(component or _component(None, task))
-    parts = {name: _parts(tensors) for name, tensors in layers.items()}
+    parts = {name: parts_of({name: tensors}) for name, tensors in layers.items()}
     ranks = {name: len(t["down"]) for name, t in layers.items() if "down" in t}
     common = Counter(map(tuple, parts.values())).most_common(1)[0][0] if parts else ()
     rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 0
@@ -213,8 +211,7 @@ def load_folder(
             f"were trained as a whole, perhaps)"
         )
     task = _task(layers, config, name or folder.resolve().name)
-    flat = {f"{layer}.{n}": t for layer, own in task.layers.items() for n, t in own.items()}
-    check_in_memory(str(folder), flat, task.info)
+    check_in_memory(str(folder), flat(task.layers), task.info)
     return task
 
 
@@ -278,21 +275,16 @@ def _read_config(folder: Path) -> DiffScalerConfig:
 
 def _task(layers: Layers, config: DiffScalerConfig, name: str) -> TaskAdapter:
     ranks = {n.partition(".")[2]: len(t["down"]) for n, t in layers.items() if "down" in t}
-    present = {part for tensors in layers.values() for part in _parts(tensors)}
     info = {
         **config.info,
         "name": name,
         "method": config.method,
-        "parts": [part for part in PARTS if part in present],
+        "parts": parts_of(layers),
         **config.facts,
         "ranks": {"default": config.r, **{n: r for n, r in ranks.items() if r != config.r}},
         "naming": "diffusers",
     }
     return TaskAdapter(layers, info)
-
-
-def _parts(tensors: Mapping[str, Any]) -> list[str]:
-    return [p for p in PARTS if (p if p != "subspace" else "down") in tensors]
 
 
 def _named(model: nn.Module) -> dict[str, DiffScalerLayer]:

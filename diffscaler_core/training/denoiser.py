@@ -6,6 +6,7 @@ diffusers pipelines become one in `bases/`; ComfyUI's models in the node pack.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attach import attach
+from ..resolution import at_resolution
 from ..task import TaskAdapter
 from .frozen import frozen
 from .objective import Objective
@@ -182,8 +184,15 @@ class Denoiser:
         dtype = torch.float16 if precision == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=precision != "no")
 
-    def held(self, checkpointing: bool = False) -> AbstractContextManager[object]:
-        """Returns a context in which the model stands still (see `hold`)."""
-        if self.hold is not None:
-            return self.hold(checkpointing)
-        return frozen(self.model, checkpointing)
+    @contextlib.contextmanager
+    def held(self, checkpointing: bool = False, resolution: float = 1.0) -> Iterator[None]:
+        """Gives a context in which the model stands still (see `hold`).
+
+        Args:
+            checkpointing: Recompute activations in the backward pass.
+            resolution: Times the size it was trained at: stretches its positions; see
+                `resolution.at_resolution`.
+        """
+        hold = self.hold or functools.partial(frozen, self.model)
+        with hold(checkpointing), at_resolution(self.model, resolution):
+            yield

@@ -14,7 +14,6 @@ import torch
 from ..auto_rank import AUTO, RankChoice
 from ..errors import DiffScalerError, first_names
 from ..methods import METHODS
-from ..resolution import at_resolution
 from ..task import TaskAdapter, new_task, with_classes
 from .bases.pipelines import as_denoiser
 from .checkpoints import newest_checkpoint
@@ -147,8 +146,7 @@ def train_tasks(
         for run, own, (prompts, _) in zip(runs, configs, told, strict=True)
     }
     with (
-        denoiser.held(config.checkpointing),
-        at_resolution(denoiser.model, config.at_resolution),
+        denoiser.held(config.checkpointing, config.at_resolution),
         denoiser.attached(tasks) as trainable,
     ):
         trainable.requires_grad_(True)
@@ -225,7 +223,7 @@ def _with_ranks(
             "or choose ranks beforehand (choose_ranks) on a machine that holds the base"
         )
     narrow = _start(denoiser, replace(config, rank=1), run, prompts[0])
-    with denoiser.held(config.checkpointing):
+    with denoiser.held(config.checkpointing, config.at_resolution):
         chosen = choose(denoiser, narrow, run, prompts, config, launch)
     logger.info("task %r: %s", run.name, chosen.summary())
     if on_ranks is not None:

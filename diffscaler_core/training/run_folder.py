@@ -20,7 +20,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,21 +154,15 @@ class RunFolder:
         """Draws the losses into curve.png; None if that cannot be done here."""
         if not self.main:
             return None
-        try:
+
+        def draw(file: io.BytesIO) -> None:
             from .curves import draw_curves
 
             self.flush()
-            buffer = io.BytesIO()
             title = self.name if isinstance(history, History) else ""
-            draw_curves(history, buffer, title=title, log=read_log(self.log_file))
-        except ImportError:  # no matplotlib
-            return None
-        except Exception as error:  # a picture is worth no run
-            logger.warning("curve.png could not be drawn: %s", error)
-            return None
-        with self._disk():
-            return _write(self.path / "curve.png", buffer.getvalue())
-        return None
+            draw_curves(history, file, title=title, log=read_log(self.log_file))
+
+        return self._drawn("curve.png", draw)
 
     def ranks(self, choice: RankChoice, task: str = "") -> Path | None:
         """Draws chosen ranks into ranks.png; None if that cannot be done here.
@@ -177,18 +171,25 @@ class RunFolder:
             choice: The ranks.
             task: Whose they are, where a run trains several.
         """
-        try:
+
+        def draw(file: io.BytesIO) -> None:
             from .rank_chart import draw_ranks
 
-            buffer = io.BytesIO()
-            draw_ranks(choice, buffer, title=task or self.name)
+            draw_ranks(choice, file, title=task or self.name)
+
+        return self._drawn(f"ranks-{plain(task)}.png" if task else "ranks.png", draw)
+
+    def _drawn(self, name: str, draw: Callable[[io.BytesIO], None]) -> Path | None:
+        """Draws into a file of that name; None if that cannot be done here."""
+        buffer = io.BytesIO()
+        try:
+            draw(buffer)
         except ImportError:  # no matplotlib
             return None
         except Exception as error:  # a picture is worth no run
-            logger.warning("ranks.png could not be drawn: %s", error)
+            logger.warning("%s could not be drawn: %s", name, error)
             return None
         with self._disk():
-            name = f"ranks-{plain(task)}.png" if task else "ranks.png"
             return _write(self.path / name, buffer.getvalue())
         return None
 

@@ -540,7 +540,7 @@ def test_a_scale_goes_out_as_the_difference_of_the_weight(base: Base) -> None:
         (lambda t: t.replace(layers={}), "adapts no layer"),
         (lambda t: t.replace(schedule=object()), "schedule"),
         (lambda t: t.replace(extras={"control.transformer.x.up": torch.ones(1)}), "control"),
-        (lambda t: t.with_info(classes=["a"]), "classes"),
+        (lambda t: t.replace(extras={"classes.transformer.x.rows": torch.ones(1, 2)}), "classes"),
     ],
 )
 def test_what_no_lora_can_hold_is_refused(change: Callable[..., TaskAdapter], reason: str) -> None:
@@ -565,3 +565,12 @@ def test_namings_need_their_tables(tmp_path: Path) -> None:
         lora_tensors(task, "webui")
     with pytest.raises(TaskFileError, match="must end in"):
         export_lora(task, tmp_path / "lora.pt")
+
+
+def test_labels_of_the_base_s_own_classes_are_no_reason_to_refuse() -> None:
+    """A trained task numbers the labels it saw; only new classes have rows, and need a place."""
+    task = noisy(new_task(BASES["sd3"].build(), "lora", 2))
+    told = lora_tensors(task.with_info(classes={"cat": 3}))
+    assert {n: t.tolist() for n, t in told.items()} == {
+        n: t.tolist() for n, t in lora_tensors(task).items()
+    }

@@ -6,7 +6,13 @@ import torch
 from diffscaler_core import DiffScalerError, load_task, save_task
 from diffscaler_core.describe import describe
 from diffscaler_core.resolution import at_resolution
-from diffscaler_core.training import TrainingData, prompts_for, train_task, validation_loss
+from diffscaler_core.training import (
+    TrainingData,
+    choose_ranks,
+    prompts_for,
+    train_task,
+    validation_loss,
+)
 from diffscaler_core.training.command.plan import plan_task
 from diffscaler_core.training.command.run_data import picture_size
 from diffscaler_core.training.settings import settings_of
@@ -49,3 +55,14 @@ def test_the_plan_and_the_pictures_follow(sd3, words):
     assert picture_size(settings_of(said), sd3) == 2 * sd3.size
     with pytest.raises(DiffScalerError, match="at_resolution must be above 0"):
         config_of(at_resolution=0.0)
+
+
+def test_ranks_are_chosen_at_that_resolution(sd3, words):
+    """A picture of 12 tokens a side, where the table has 8: only stretched it can be looked at."""
+    data, config = pictures(24), config_of(**CONFIG, rank_budget=2)
+    chosen = choose_ranks(sd3, data, config, words=words)
+    with at_resolution(sd3.model, 2):
+        same = choose_ranks(sd3, data, config_of(**{**CONFIG, "at_resolution": 1.0}, rank_budget=2),
+                            words=words)  # fmt: skip
+    assert chosen.ranks == same.ranks
+    assert "cropped_pos_embed" not in sd3.model.pos_embed.__dict__

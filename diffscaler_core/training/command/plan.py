@@ -15,7 +15,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ...auto_rank import RankChoice
 from ...families import FAMILIES
-from ...resolution import at_resolution
 from ...task import CONTROL, TaskAdapter
 from ..conditioning import Prompts, new_classes
 from ..config import TrainingConfig
@@ -175,8 +174,7 @@ def activation_bytes(
             seen[StorageWeakRef(storage)] = storage.nbytes()
 
     with (
-        denoiser.held(),
-        at_resolution(denoiser.model, config.at_resolution),
+        denoiser.held(resolution=config.at_resolution),
         denoiser.attached({task.name: task}) as trainable,
     ):
         trainable.requires_grad_(True)
