@@ -135,17 +135,26 @@ def draw_thumbnail(server: Server, name: str) -> Path:
     ordered = {key: outputs[key] for key in sorted(outputs, key=int)}
     files = server.images({"outputs": ordered})
     pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in files]
-    rows = 2 if len(pictures) == 4 else 1
-    columns = -(-len(pictures) // rows)
-    width = round(THUMBNAIL_SIDE * pictures[0].width / pictures[0].height)
-    across, down = width + GAP, THUMBNAIL_SIDE + GAP
-    sheet = Image.new("RGB", (columns * across - GAP, rows * down - GAP), "white")
-    for i, picture in enumerate(pictures):
-        at = (i % columns * across, i // columns * down)
-        sheet.paste(picture.resize((width, THUMBNAIL_SIDE), Image.Resampling.LANCZOS), at)
+    shown = [_tall(picture) for picture in pictures]
+    half = 2 if len(shown) == 4 else len(shown)
+    rows = [shown[at : at + half] for at in range(0, len(shown), half)]
+    width = max(sum(one.width + GAP for one in row) for row in rows) - GAP
+    down = THUMBNAIL_SIDE + GAP
+    sheet = Image.new("RGB", (width, len(rows) * down - GAP), "white")
+    for i, row in enumerate(rows):
+        x = 0
+        for one in row:
+            sheet.paste(one, (x, i * down))
+            x += one.width + GAP
     path = ui_path(name).with_suffix(".jpg")
     path.write_bytes(_jpeg(sheet))
     return path
+
+
+def _tall(picture: Image.Image) -> Image.Image:
+    """Returns a picture as tall as the thumbnail."""
+    width = round(THUMBNAIL_SIDE * picture.width / picture.height)
+    return picture.resize((width, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
 
 
 def _jpeg(picture: Image.Image) -> bytes:

@@ -18,6 +18,7 @@ from workflow_parts import (
     SIZE,
     TALL,
     WIDTH,
+    Link,
     Workflow,
     three,
 )
@@ -360,6 +361,170 @@ def import_lora() -> Workflow:
     return flow
 
 
+def many_tasks() -> Workflow:
+    """A task for each latent of a batch, and a task for each prompt."""
+    flow = Workflow(
+        "many_tasks",
+        "**Several tasks in one batch, in one call of the model.** Above, *one task per latent*: "
+        "four latents, four tasks. Below, *all tasks together*: each prompt runs a task of its "
+        "own, *ink* in the left half and *neon* in the right; the negative prompt runs the base.",
+    )
+    model, vae, latent = flow.base()
+    words = flow.task("words", (1, 0))
+    positive = flow.prompt(words, "cat", (1, 130))
+    negative = flow.prompt(words, "", (1, 270))
+    second = flow.prompt(words, "house", (1, 410))
+    flow.frame("prompts, stored in a task file", PALE, words, positive, negative, second)
+    names = ("ink", "neon", "fruits", "smileys")
+    tasks = [flow.task(name, (1, 610 + 130 * i)) for i, name in enumerate(names)]
+    flow.frame("four tasks", GREEN, *tasks)
+    four = flow.add("RepeatLatentBatch", (2, 330), samples=latent, amount=4)
+    by_row = flow.add(
+        "DiffScalerRouteTasks",
+        (2, 0),
+        "Route: one task per latent",
+        color="green",
+        model=model,
+        positive=positive,
+        strengths="",
+        mode="one task per latent",
+        **{f"tasks.task{i}": task for i, task in enumerate(tasks)},
+    )
+    parts = (by_row, [by_row[0], 1], negative, four, vae)
+    flow.picture("four tasks", (4, 0), parts, by_row, four)
+    y, routed, chosen = 500, [], model
+    wide = flow.add(
+        "EmptySD3LatentImage",
+        (2, y + 2 * 360),
+        "Empty Latent, twice as wide",
+        width=2 * SIZE,
+        height=SIZE,
+        batch_size=1,
+    )
+    for i, (task, prompt) in enumerate(zip(tasks, (positive, second), strict=False)):
+        area = flow.add(
+            "ConditioningSetAreaPercentage",
+            (2, y + 360 * i),
+            ("left half", "right half")[i],
+            conditioning=prompt,
+            width=0.5,
+            height=1.0,
+            x=0.5 * i,
+            y=0.0,
+            strength=1.0,
+        )
+        own = flow.add(
+            "DiffScalerRouteTasks",
+            (3, y + 360 * i),
+            f"Route: {names[i]}",
+            color="green",
+            model=chosen,
+            positive=area,
+            strengths="",
+            mode="all tasks together",
+            **{"tasks.task0": task},
+        )
+        chosen = own
+        routed += [area, own]
+    halves = flow.add(
+        "ConditioningCombine",
+        (3, y + 2 * 360),
+        conditioning_1=[routed[1][0], 1],
+        conditioning_2=[routed[3][0], 1],
+    )
+    parts = (chosen, halves, negative, wide, vae)
+    flow.picture("a task for each prompt", (4, y), parts, *routed, halves, wide)
+    return flow
+
+
+def schedule() -> Workflow:
+    """A task whose strength follows sampling time."""
+    flow = Workflow(
+        "schedule",
+        "**A strength that changes while the picture is drawn.** From above: *neon* at full "
+        "strength all the time, only in the first part, only in the last part, and coming in "
+        "slowly. Percent 0 is pure noise, 1 the picture. Drag the curve, or write its points.",
+    )
+    model, vae, latent = flow.base()
+    words = flow.task("words", (1, 0))
+    positive = flow.prompt(words, "rocket", (1, 130))
+    negative = flow.prompt(words, "", (1, 270))
+    flow.frame("prompts, stored in a task file", PALE, words, positive, negative)
+    neon = flow.task("neon", (1, 470))
+    flow.frame("task", GREEN, neon)
+    rows = {
+        "all the time": "",
+        "the first part": "0.25: 1\n0.35: 0",
+        "the last part": "0.5: 0\n0.6: 1",
+        "slowly": "0: 0\n1: 1",
+    }
+    for i, (title, points) in enumerate(rows.items()):
+        task, framed = neon, []
+        if points:
+            task = flow.add(
+                "DiffScalerScheduleTask",
+                (2, TALL * i),
+                f"Schedule: {title}",
+                (WIDTH, 420),
+                color="green",
+                task=neon,
+                points=points,
+                interpolation="linear",
+            )
+            framed.append(task)
+        applied = flow.apply(model, task, (3, TALL * i))
+        parts = (applied, positive, negative, latent, vae)
+        flow.picture(title, (4, TALL * i), parts, *framed, applied)
+    return flow
+
+
+def extract_task() -> Workflow:
+    """A fine-tuned model minus its base, as a task."""
+    flow = Workflow(
+        "extract_task",
+        "**What fine-tuning changed, as a task.** From above: the base, a tuned model, the task "
+        "extracted at rank 16, at rank 1. The tuned model is the base with a LoRA here, which rank "
+        "16 holds whole; put *Load Diffusion Model* with any fine-tune of your base in its place "
+        "(rank 32 or more then). Put *assets/examples/loras* into *models/loras*.",
+    )
+    model, vae, latent = flow.base()
+    words = flow.task("words", (1, 0))
+    positive = flow.prompt(words, "fox", (1, 130))
+    negative = flow.prompt(words, "", (1, 270))
+    flow.frame("prompts, stored in a task file", PALE, words, positive, negative)
+    tuned = flow.add(
+        "LoraLoaderModelOnly",
+        (1, 470),
+        "stands for a fine-tuned model",
+        model=model,
+        lora_name="ink_lora.safetensors",
+        strength_model=1.0,
+    )
+    flow.frame("the tuned model", BLUE, tuned)
+    rows: list[tuple[str, Link, list[Link]]] = [
+        ("the base", model, []),
+        ("the tuned model", tuned, []),
+    ]
+    for i, rank in enumerate((16, 1), start=2):
+        task = flow.add(
+            "DiffScalerExtractTask",
+            (2, TALL * i),
+            f"Extract: rank {rank}",
+            (WIDTH, 400),
+            color="green",
+            tuned=tuned,
+            base=model,
+            name=f"rank {rank}",
+            rank=rank,
+        )
+        applied = flow.apply(model, task, (3, TALL * i))
+        rows.append((f"the task, rank {rank}", applied, [task, applied]))
+    for i, (title, own, framed) in enumerate(rows):
+        parts = (own, positive, negative, latent, vae)
+        flow.picture(title, (4, TALL * i), parts, *framed)
+    return flow
+
+
 ALL: Sequence[Callable[[], Workflow]] = (
     apply_task,
     stack_tasks,
@@ -367,7 +532,10 @@ ALL: Sequence[Callable[[], Workflow]] = (
     combine_and_save,
     control,
     compare_tasks,
+    many_tasks,
+    schedule,
     regions,
     train_task,
     import_lora,
+    extract_task,
 )
