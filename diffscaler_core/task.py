@@ -198,6 +198,7 @@ def new_task(
     exclude: str | Sequence[str] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     gain: float = 1.0,
+    activation: str | None = None,
     gamma_blocks: str = "first_half",
     component: str | None = None,
     control: str | None = None,
@@ -219,6 +220,8 @@ def new_task(
         exclude: Targets to leave out; a regular expression or a list of names.
         rank_pattern: Other ranks for some targets: {pattern: rank}; rank 0 leaves the subspace out.
         gain: s, the subspace's stored constant.
+        activation: Of the subspaces, a name in ACTIVATIONS; None: the method's own. With
+            "identity" the task can become a LoRA file.
         gamma_blocks: For "difffit": which blocks have γ, "first_half" (as the paper) or "all".
         component: "transformer", "unet", …; default by the model's class.
         control: What its control pictures show ("edges", "depth", …, in your own words); None: the
@@ -232,7 +235,7 @@ def new_task(
         seed: Seed of the random D.
 
     Raises:
-        UnknownNameError: No such method, or a model whose patch embedding nobody knows.
+        UnknownNameError: No such method or activation, or a patch embedding nobody knows.
         DiffScalerError: No layer matches, a rank is not positive, a pattern of `rank_pattern`
             matches nothing, or classes for a base that is told none.
     """
@@ -240,9 +243,11 @@ def new_task(
         raise unknown("method", method, METHODS)
     if rank < 1:
         raise DiffScalerError(f"rank must be at least 1, got {rank}")
-    if control_activation not in ACTIVATIONS:
-        raise unknown("activation", control_activation, ACTIVATIONS)
     chosen = METHODS[method]
+    activation = activation or chosen.activation
+    for named in (activation, control_activation):
+        if named not in ACTIVATIONS:
+            raise unknown("activation", named, ACTIVATIONS)
     component = component or component_of(model)
     found = find_targets(model, targets, exclude=exclude) if chosen.parts else ()
     for pattern in rank_pattern or {}:
@@ -279,7 +284,7 @@ def new_task(
         "name": name,
         "method": method,
         "parts": list(dict.fromkeys([*chosen.only, *chosen.parts])),
-        "activation": chosen.activation,
+        "activation": activation,
         "gain": gain,
         "scale_includes_bias": chosen.scale_includes_bias,
         "ranks": {"default": rank, **{n: r for n, r in ranks.items() if r not in (rank, 0)}},

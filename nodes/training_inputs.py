@@ -29,7 +29,7 @@ _SHOWN = (
 #: What it shows after those; workflows know a node's inputs by their places.
 _SHOWN_LATER = (
     *("control_drop", "lr_control", "control_rank", "control_activation", "control_embedding"),
-    *("gamma_blocks", "rank_budget"),
+    *("gamma_blocks", "rank_budget", "activation"),
 )
 _MOST = 1_000_000
 #: Steps between samples, if no settings are connected.
@@ -83,6 +83,8 @@ _TIPS: dict[str, str] = {
     "control_activation": "Of the control's subspace.",
     "control_embedding": "affiner sees the picture through the model's own frozen embedding; copy "
     "trains a copy of that embedding, from zero.",
+    "activation": "Of the subspaces; method: its own (diffscaler: relu, lora: identity). With "
+    "identity the task can become a LoRA file.",
     "gamma_blocks": "Of method difffit: its scale on the outputs of the first half of the blocks, "
     "as in the paper, or of all.",
 }

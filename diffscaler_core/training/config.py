@@ -27,6 +27,7 @@ class TrainingConfig:
     What to adapt:
         name: The task's name.
         method: A name in METHODS.
+        activation: Of the subspaces: "method" (its own), or a name in `affiner.ACTIVATIONS`.
         gamma_blocks: For "difffit": which blocks have γ; a name in `methods.GAMMA_BLOCKS`.
         rank: R of every subspace; "auto": chosen per layer from the pictures (`auto_rank.py`).
         rank_budget: For "auto", how much may be spent: 8: as many numbers as rank 8 everywhere;
@@ -101,6 +102,7 @@ class TrainingConfig:
 
     name: str = "task"
     method: str = "diffscaler"
+    activation: str = "method"
     gamma_blocks: str = "first_half"
     rank: int | str = 8
     rank_budget: int | str = 8
@@ -199,6 +201,7 @@ POSITIVE = (
 #: Setting -> the names it may have.
 CHOICES: dict[str, Collection[str]] = {
     "method": METHODS,
+    "activation": ("method", *ACTIVATIONS),
     "gamma_blocks": GAMMA_BLOCKS,
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 #: Settings that a run cannot change half-way.
 _FIXED = (
-    *("method", "gamma_blocks", "rank", "rank_budget", "targets", "exclude"),
+    *("method", "activation", "gamma_blocks", "rank", "rank_budget", "targets", "exclude"),
     *("optimizer", "ema"),
     *("at_resolution", "control", "control_rank", "control_activation", "control_embedding"),
 )

@@ -340,6 +340,7 @@ def fresh_task(
         control_embedding=config.control_embedding,
         classes=classes,
         class_start=denoiser.null_label,
+        activation=None if config.activation == "method" else config.activation,
         gamma_blocks=config.gamma_blocks,
         seed=config.seed,
     )

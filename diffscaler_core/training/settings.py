@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import DiffScalerError, TaskFileError, unknown
+from ..errors import DiffScalerError, TaskFileError, shown, unknown
+from ..file_names import harmless
 from .config import CHOICES, TrainingConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -75,6 +76,7 @@ SETTINGS: dict[str, Setting] = {
         Setting("out", "", "The task file to write.", Path, common=True, flags=("--out", "-o")),
         _of_config("name", "task", "The task's name; default: the file's.", common=True),
         _of_config("method", "task", "Which parts on which layers."),
+        _of_config("activation", "task", "Of the subspaces; method: its own."),
         _of_config("gamma_blocks", "task", "Of method difffit: which blocks have its γ."),
         _of_config("rank", "task", "Width of the new subspaces, or auto.", common=True, text=True),
         _of_config("rank_budget", "task", "Of rank auto: a rank, 0.4%, 20k, 1.5M.", text=True),
@@ -254,11 +256,11 @@ def _named(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a task's entry with its name: what it says, the file's, or the pictures' folder's."""
     out = entry.get("out")
     if out is not None and out.suffix != ".safetensors":
-        raise TaskFileError(f"out {out.name!r} must end in .safetensors")
+        raise TaskFileError(f"out {shown(out.name)} must end in .safetensors")
     if "data" not in entry:
         raise DiffScalerError(f"task {entry.get('name', '')!r} names no data, a folder of pictures")
-    shown = Path(str(entry["data"]).removeprefix("datasets:")).resolve()
-    name = entry.get("name") or (out.stem if out else shown.stem) or "task"
+    source = Path(str(entry["data"]).removeprefix("datasets:")).resolve()
+    name = entry.get("name") or (out.stem if out else source.stem) or "task"
     return {**entry, "name": name}
 
 
@@ -278,9 +280,21 @@ def _folder(values: Mapping[str, Any], named: list[dict[str, Any]]) -> Path:
 def _among_pictures(folder: Path, named: list[dict[str, Any]]) -> bool:
     """Says whether a folder is one of pictures, or lies in one."""
     said = [one.get(key) for one in named for key in ("data", "validation", "prior")]
-    places = [Path(place).expanduser().resolve() for place in said if place]
-    own = folder.expanduser().resolve()
+    places = [expanded(place).resolve() for place in said if place]
+    own = expanded(folder).resolve()
     return any(place == own or place in own.parents for place in places)
+
+
+def expanded(path: str | Path) -> Path:
+    """Returns a path whose ~ is somebody's home folder.
+
+    Raises:
+        DiffScalerError: There is nobody of that name.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise DiffScalerError(f"{shown(str(path))} begins with a home folder nobody has") from None
 
 
 def _refuse_doubles(tasks: tuple[TaskSettings, ...]) -> None:
@@ -308,8 +322,7 @@ def _task(entry: dict[str, Any], folder: Path) -> TaskSettings:
 
 def plain(name: str) -> str:
     """Returns a name as one harmless part of a path: it can neither leave a folder nor hide."""
-    kept = "".join(c if c.isalnum() or c in "-_.+ " else "_" for c in name)[:80]
-    return kept.strip(". ") or "task"
+    return harmless(name)
 
 
 def check_choice(setting: Setting, value: object) -> None:

@@ -71,7 +71,7 @@ FROZEN = {
         *("validate_every", "validation_times", "sample_every", "sample_steps", "guidance"),
         *("save_every", "keep", "precision", "checkpointing", "keep_latents"),
         *("control_drop", "lr_control", "control_rank", "control_activation", "control_embedding"),
-        *("gamma_blocks", "rank_budget"),
+        *("gamma_blocks", "rank_budget", "activation"),
     ],
 }
 

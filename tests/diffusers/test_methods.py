@@ -114,3 +114,13 @@ def test_another_choice_of_blocks_is_named(tiny: Any) -> None:
     with pytest.raises(UnknownNameError, match="unknown gamma_blocks 'second'; known: first_half"):
         new_task(tiny("dit"), "difffit", gamma_blocks="second")
     assert "gamma_blocks" not in new_task(tiny("dit"), "diffscaler").info
+
+
+def test_another_activation_of_the_subspaces(tiny: Any) -> None:
+    model = tiny("dit")
+    task = new_task(model, activation="identity")
+    assert (task.info["method"], task.info["activation"]) == ("diffscaler", "identity")
+    assert new_task(model).info["activation"] == "relu"
+    assert new_task(model, "lora").info["activation"] == "identity"
+    with pytest.raises(UnknownNameError, match="unknown activation 'gelu'; known: relu, identity"):
+        new_task(model, activation="gelu")

@@ -174,6 +174,13 @@ def test_a_half_precision_base_trains_float32_parameters(sd3, pictures, words):
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
 
+def test_subspaces_may_have_another_activation(sd3, pictures, words):
+    data = data_of(sd3, pictures)
+    task = train_task(sd3, data, config_of(activation="identity"), words=words)
+    assert (task.info["method"], task.info["activation"]) == ("diffscaler", "identity")
+    assert train_task(sd3, data, config_of(), words=words).info["activation"] == "relu"
+
+
 def test_scale_and_shift_have_their_own_rate(sd3, pictures, words):
     task = trained(sd3, pictures, words, steps=1, lr=1e-3, lr_scale_shift=0.5, warmup=0, clip=0)
     moved = next(t for t in task.layers.values() if bool(t["scale"].any()))
