@@ -22,7 +22,14 @@ class DiffScalerApplyTask(io.ComfyNode):
             category=CATEGORY,
             description="Runs a task on a frozen model. No weight of the model changes, so a new "
             "strength takes effect at once. Several of these nodes in a row add up, in any order.",
-            search_aliases=["diffscaler", "apply adapter", "task adapter", "affiner", "lora"],
+            search_aliases=[
+                "diffscaler",
+                "apply adapter",
+                "task adapter",
+                "affiner",
+                "lora",
+                "regional lora",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model the task was made for."),
                 Task.Input("task", tooltip="The task to run."),

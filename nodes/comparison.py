@@ -27,9 +27,10 @@ def same_noise(latent: dict[str, Any], count: int) -> dict[str, Any]:
             "the latent holds several of different kinds (a video with its sound): compare tasks "
             "on a latent of one kind"
         )
-    if len(samples) != 1:
+    given = len(samples) if samples.ndim > 2 else 0
+    if given != 1:
         raise DiffScalerError(
-            f"the latent batch has {len(samples)}, but one latent is compared under every task: "
+            f"the latent batch has {given}, but one latent is compared under every task: "
             f"connect one (Latent From Batch takes one out of a batch)"
         )
     index = latent.get("batch_index") or [0]

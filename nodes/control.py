@@ -26,7 +26,14 @@ class DiffScalerControl(io.ComfyNode):
             description="Makes a model follow a picture (edges, a silhouette, …) with a control "
             "task. The base's own VAE and patch embedding read the picture; there is no second "
             "model. Several of these nodes in a row are several controls at once.",
-            search_aliases=["diffscaler", "controlnet", "control image", "control task", "edges"],
+            search_aliases=[
+                "diffscaler",
+                "controlnet",
+                "control image",
+                "control task",
+                "edges",
+                "canny",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model the task was made for."),
                 io.Conditioning.Input("positive", tooltip="What to draw."),

@@ -24,7 +24,13 @@ class DiffScalerExtractTask(io.ComfyNode):
             category=CATEGORY,
             description="Makes a small task of what fine-tuning changed: tuned model minus base. "
             "The tuned model may be the base with LoRAs of any kind on it.",
-            search_aliases=["diffscaler", "extract lora", "model difference", "lora to task"],
+            search_aliases=[
+                "diffscaler",
+                "extract lora",
+                "model difference",
+                "lora to task",
+                "svd",
+            ],
             inputs=[
                 io.Model.Input(
                     "tuned",

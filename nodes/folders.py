@@ -6,6 +6,8 @@ import os
 import folder_paths
 
 from ..diffscaler_core import DiffScalerError
+from ..diffscaler_core.errors import reason_of, shown
+from ..diffscaler_core.file_names import problem_of
 
 FOLDER = "diffscaler"
 
@@ -27,6 +29,16 @@ def register_folder() -> None:
     folder_paths.folder_names_and_paths[FOLDER] = (paths, {".safetensors"})
 
 
+def stamp_of(path: str | os.PathLike[str]) -> tuple[int, ...]:
+    """Returns what changes when a file does, also under a clock that was set back.
+
+    A copy may keep its source's time, so the size, the place on the disk and the time of the last
+    change of any kind count as well.
+    """
+    status = os.stat(path)
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
+
+
 def task_files() -> list[str]:
     """Returns the task files there are; what training runs keep to go on from is none."""
     names: list[str] = folder_paths.get_filename_list(FOLDER)
@@ -42,13 +54,21 @@ def new_task_path(filename_prefix: str) -> tuple[str, str]:
     output = folder_paths.get_output_directory()
     prefix = filename_prefix.strip().replace("\\", "/").removesuffix(".safetensors")
     target = os.path.normpath(os.path.join(output, prefix))
-    if not os.path.basename(prefix).strip(".") or not folder_paths.is_within_directory(
-        output, target
-    ):
+    wrong = next((f": {shown(p)} {w}" for p in _parts(prefix) if (w := problem_of(p))), "")
+    if wrong or not _parts(prefix) or not folder_paths.is_within_directory(output, target):
         raise DiffScalerError(
-            f"filename_prefix {filename_prefix!r} names no file below ComfyUI's output folder; "
-            f"write a name such as 'diffscaler/flowers'"
+            f"filename_prefix {shown(filename_prefix)} names no file below ComfyUI's output "
+            f"folder{wrong}; write a name such as 'diffscaler/flowers'"
         )
-    folder, name, number, subfolder, _ = folder_paths.get_save_image_path(prefix, output)
+    try:
+        folder, name, number, subfolder, _ = folder_paths.get_save_image_path(prefix, output)
+    except OSError as error:
+        raise DiffScalerError(f"could not use {shown(target)}: {reason_of(error)}") from error
     file = f"{name}_{number:05}_.safetensors"
     return os.path.join(folder, file), os.path.join(subfolder, file)
+
+
+def _parts(prefix: str) -> list[str]:
+    """Returns the folders and the name of a prefix, without those that say "here"."""
+    own = prefix.split("/")
+    return [*(part for part in own[:-1] if part not in ("", ".")), own[-1]]

@@ -1,7 +1,5 @@
 """Turns a LoRA file into a task."""
 
-import os
-
 import folder_paths
 from comfy_api.latest import io, ui
 
@@ -9,6 +7,7 @@ from ..diffscaler_core import import_lora
 from ..diffscaler_core.describe import describe
 from ..diffscaler_core.lora.read import imported_text
 from .edge_types import CATEGORY, Task
+from .folders import stamp_of
 
 FOLDER = "loras"
 
@@ -56,7 +55,7 @@ class DiffScalerImportLoRA(io.ComfyNode):
     def fingerprint_inputs(cls, lora_name: str, text_encoder: str = "leave out") -> object:
         """Returns what changes when the file does, so that an overwritten file is read again."""
         path = folder_paths.get_full_path(FOLDER, lora_name)
-        return lora_name if path is None else (path, os.stat(path).st_mtime_ns, text_encoder)
+        return lora_name if path is None else (path, stamp_of(path), text_encoder)
 
     @classmethod
     def execute(cls, lora_name: str, text_encoder: str = "leave out") -> io.NodeOutput:

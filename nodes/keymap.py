@@ -13,7 +13,7 @@ from typing import Any
 import comfy.utils
 from torch import Tensor, nn
 
-from ..diffscaler_core.errors import MismatchError, first_names
+from ..diffscaler_core.errors import MismatchError, first_names, shown
 from ..diffscaler_core.families import TokenForm, token_form
 from ..diffscaler_core.hollow import hollow_model
 from ..diffscaler_core.layouts import (
@@ -304,7 +304,7 @@ def _check(
 ) -> None:
     problems = []
     if not count and component not in task.components and task.components:
-        problems.append(f"it adapts {', '.join(task.components)}, this is a {component}")
+        problems.append(f"it adapts {', '.join(task.components)}, this is a {shown(component)}")
     if missing:
         problems.append(f"{len(missing)} layers missing, first {first_names(missing)}")
     if wrong:

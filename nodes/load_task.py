@@ -1,13 +1,11 @@
 """Loads a task file."""
 
-import os
-
 import folder_paths
 from comfy_api.latest import io
 
 from ..diffscaler_core import load_task
 from .edge_types import CATEGORY, Task
-from .folders import FOLDER, task_files
+from .folders import FOLDER, stamp_of, task_files
 
 
 class DiffScalerLoadTask(io.ComfyNode):
@@ -39,7 +37,7 @@ class DiffScalerLoadTask(io.ComfyNode):
     def fingerprint_inputs(cls, task_name: str) -> object:
         """Returns what changes when the file does, so that an overwritten file is loaded again."""
         path = folder_paths.get_full_path(FOLDER, task_name)
-        return task_name if path is None else (path, os.stat(path).st_mtime_ns)
+        return task_name if path is None else (path, stamp_of(path))
 
     @classmethod
     def execute(cls, task_name: str) -> io.NodeOutput:

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..diffscaler_core import DiffScalerError
+from .pictures import check_image
 
 _BACKGROUND, _INK = "white", "black"
 #: Height of the letters, as a share of a picture's smaller side, within these bounds.
@@ -28,14 +29,15 @@ def labelled_grid(images: Tensor, names: Sequence[str], columns: int = 0) -> Ten
         columns: How many to put side by side; 0: as many as make the grid about square.
 
     Raises:
-        DiffScalerError: Another number of names.
+        DiffScalerError: Another number of names, or no pictures.
     """
+    check_image(images)
     count, height, width = images.shape[:3]
     if names and len(names) != count:
         raise DiffScalerError(
             f"{len(names)} names for {count} pictures: write a line for each picture, or none"
         )
-    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    columns = min(columns if columns > 0 else math.ceil(math.sqrt(count)), count)
     size = round(min(max(min(height, width) * _LETTERS, _SMALLEST), _LARGEST))
     font, gap, line = ImageFont.load_default(size), max(4, size // 2), round(size * 1.3)
     lines = [_wrapped(name, font, width) for name in names]

@@ -23,7 +23,8 @@ class RegionMask:
     """
 
     def __init__(self, name: str, mask: Tensor) -> None:
-        if mask.ndim not in (2, 3, 4) or (mask.ndim == 4 and mask.shape[1] != 1):
+        wrong = mask.ndim not in (2, 3, 4) or (mask.ndim == 4 and mask.shape[1] != 1)
+        if wrong or not mask.numel():
             raise DiffScalerError(
                 f"the region of {name!r} must be a mask (N, H, W), got {tuple(mask.shape)}"
             )

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..diffscaler_core import TaskAdapter, save_task
 from ..diffscaler_core.combine import cast_task
+from ..diffscaler_core.errors import unknown
 from .edge_types import CATEGORY, Task
 from .folders import new_task_path
 from .pictures import as_thumbnail
@@ -78,7 +79,13 @@ class DiffScalerSaveTask(io.ComfyNode):
         if thumbnail is not None:
             facts["thumbnail"] = as_thumbnail(thumbnail)
         kept = {**task.modelspec, **{key: value for key, value in facts.items() if value}}
+        if dtype not in DTYPES:
+            raise unknown("dtype", dtype, DTYPES)
         cast = cast_task(task, DTYPES[dtype]) if DTYPES[dtype] else task
-        path, shown = new_task_path(filename_prefix)
-        save_task(cast.replace(modelspec=kept), path)
-        return io.NodeOutput(shown, ui=ui.PreviewText(f"saved {shown}"))
+        while True:
+            path, shown = new_task_path(filename_prefix)
+            try:
+                save_task(cast.replace(modelspec=kept), path, replace=False)
+            except FileExistsError:  # another process was faster: the next number
+                continue
+            return io.NodeOutput(shown, ui=ui.PreviewText(f"saved {shown}"))

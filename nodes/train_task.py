@@ -29,7 +29,14 @@ class DiffScalerTrainTask(io.ComfyNode):
             description="Trains a small task on pictures. The model is frozen and stays as it is: "
             "the task can be applied to it at once. Stop it whenever you like: the same settings "
             "queued again go on from there.",
-            search_aliases=["diffscaler", "train lora", "finetune", "dreambooth", "adapter"],
+            search_aliases=[
+                "diffscaler",
+                "train lora",
+                "finetune",
+                "dreambooth",
+                "adapter",
+                "difffit",
+            ],
             is_input_list=True,
             inputs=training_inputs(),
             outputs=[

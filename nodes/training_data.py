@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from ..diffscaler_core import DiffScalerError
+from ..diffscaler_core.errors import shown
 from ..diffscaler_core.training.data.batches import TrainingData
 from ..diffscaler_core.training.data.pixels import Size, bucket_sizes, nearest_bucket
 from ..diffscaler_core.training.data.prepare import encode_folder, encode_pictures
 from ..diffscaler_core.training.denoiser import Denoiser
+from .folders import stamp_of
 from .training_controls import NOTHING, ControlSource, cut_image, with_controls
 
 NO_FOLDER = "(none)"
@@ -43,8 +45,8 @@ def folder_of(choice: str) -> Path:
     path = os.path.abspath(os.path.join(root, choice))
     if not folder_paths.is_within_directory(root, path) or not os.path.isdir(path):
         raise DiffScalerError(
-            f"there is no folder {choice!r} in ComfyUI's input folder; put the pictures there and "
-            f"press R to see it in the list"
+            f"there is no folder {shown(choice)} in ComfyUI's input folder; put the pictures there "
+            f"and press R to see it in the list"
         )
     return Path(path)
 
@@ -56,8 +58,7 @@ def fingerprint_of(choice: str) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder_of(choice).rglob("*")):
         if path.is_file():
-            status = path.stat()
-            digest.update(f"{path}|{status.st_mtime_ns}|{status.st_size}\n".encode())
+            digest.update(f"{path}|{stamp_of(path)}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

@@ -4,6 +4,7 @@
 
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
+import { pathToFileURL } from "node:url";
 
 const request = JSON.parse(readFileSync(0, "utf8"));
 const { chromium } = createRequire(import.meta.url)(request.playwright);
@@ -123,6 +124,7 @@ async function screenshot(page, path) {
 
 async function work(page, job) {
   if (job.kind === "arrange") return page.evaluate(arrange, job);
+  if (job.kind === "act") return (await import(pathToFileURL(job.module))).default(page, job.given);
   const result = await page.evaluate(load, job);
   if (job.queue) Object.assign(result, await queue(page));
   if (job.screenshot) await screenshot(page, job.screenshot);

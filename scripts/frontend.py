@@ -48,7 +48,9 @@ def in_frontend(
         server: A running ComfyUI with this pack.
         jobs: `{"kind": "arrange", "api", "layout"}` gives `{"ui", "api"}`;
             `{"kind": "open", "ui", "queue": bool, "screenshot": path or None}` gives
-            `{"missing", "errors", "types", "api"}`, and `prompt_id` or `refused` if queued.
+            `{"missing", "errors", "types", "api"}`, and `prompt_id` or `refused` if queued;
+            `{"kind": "act", "module": path, "given": {…}}` gives what the module's default export
+            makes of Playwright's page and of what is given.
         timeout: Seconds for all of them.
 
     Raises:
