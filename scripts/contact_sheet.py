@@ -235,20 +235,25 @@ class _Graph:
         return self.node(f"{key}-decode", "VAEDecode", samples=samples, vae=vae)
 
 
+def corner(row: int, column: int) -> tuple[int, int]:
+    """Returns where a cell's picture begins on a sheet: (x, y) in pixels."""
+    return 190 + column * (SIZE + 8), 54 + row * (SIZE + 26)
+
+
 def compose(sheet: str, host: str, pictures: Sequence[Image.Image]) -> Image.Image:
     """Returns the labelled sheet of one picture per cell, in order."""
     title, rows = SHEETS[sheet]
-    columns, left, top, cell_height = max(map(len, rows.values())), 190, 54, SIZE + 26
-    page = Image.new("RGB", (left + columns * (SIZE + 8), top + len(rows) * cell_height), "white")
+    columns = max(map(len, rows.values()))
+    page = Image.new("RGB", corner(len(rows), columns), "white")
     draw = ImageDraw.Draw(page)
     big, small = (ImageFont.load_default(size) for size in (20, 14))
     draw.text((12, 16), f"{host}: {title}", "black", big)
     remaining = iter(pictures)
     for y, (label, cells) in enumerate(rows.items()):
-        above = top + y * cell_height
+        _, above = corner(y, 0)
         draw.text((12, above + SIZE // 2 - 8), label, "black", small)
         for x, cell in enumerate(cells):
-            at = left + x * (SIZE + 8)
+            at, _ = corner(y, x)
             page.paste(next(remaining).convert("RGB").resize((SIZE, SIZE)), (at, above))
             width = draw.textlength(cell.label, small)
             draw.text((at + (SIZE - width) / 2, above + SIZE + 3), cell.label, "#555", small)

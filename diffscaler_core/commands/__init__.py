@@ -1,12 +1,14 @@
 """The commands of `diffscaler`. A user's mistake is one line and exit code 1, never a traceback.
 
-To add a command, write its function in the file of its subject and one line in the list below.
+To add a command, write its function in the file of its subject and one line in COMMANDS. What a
+command needs is imported when it is called: `diffscaler --help` does not wait for torch.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import traceback
 from typing import Annotated, Any
 
 import typer
@@ -14,50 +16,67 @@ from rich.logging import RichHandler
 from typer.core import TyperGroup
 
 from ..errors import DiffScalerError
-from ..training.command.train import EXAMPLES, train
 from ..version import __version__
 from .console import err, say
-from .convert import convert
-from .evaluate import EXAMPLES as EVALUATION_EXAMPLES
-from .evaluate import evaluate
-from .extract import average, extract, resize
-from .files import combine, info
+from .table import COMMANDS, Later
+
+_NOTES = """Every command has examples: diffscaler COMMAND --help.
+
+Exit codes: 0 done · 1 refused, and stderr says why in a line · 2 wrong usage · \
+130 stopped by Ctrl-C, 143 by SIGTERM.
+
+What was asked for is on stdout, all else on stderr; with --json stdout is one JSON value."""
 
 
-class _OneLineErrors(TyperGroup):
+class _Group(TyperGroup):
     """Turns what we refuse to do, and what the disk refuses, into one line."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = {**self.commands, **{name: Later(name) for name in COMMANDS}}
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.commands)
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except FileNotFoundError as error:
-            _complain(f"no file {error.filename!r}")
-        except (DiffScalerError, OSError) as error:
-            _complain(str(error))
-        raise typer.Exit(1)
+        except KeyboardInterrupt:
+            _complain("stopped")
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            raise  # whoever read our output has had enough of it; typer ends quietly
+        except (DiffScalerError, ModuleNotFoundError, OSError) as error:
+            if ctx.params.get("debug"):
+                traceback.print_exception(error)
+            _complain(_in_words(error))
+            raise typer.Exit(1) from None
 
 
 app = typer.Typer(
-    cls=_OneLineErrors,
+    cls=_Group,
     no_args_is_help=True,
-    add_completion=False,
-    help="One frozen diffusion model, many tiny tasks.",
+    epilog=_NOTES,
+    context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_show_locals=False,
 )
-app.command(epilog=EXAMPLES, no_args_is_help=True)(train)
-app.command()(info)
-app.command()(combine)
-app.command()(extract)
-app.command()(resize)
-app.command()(average)
-app.command()(convert)
-app.command("eval", epilog=EVALUATION_EXAMPLES, no_args_is_help=True)(evaluate)
 
 
 @app.callback(invoke_without_command=True)
 def start(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", metavar="")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.", metavar="")] = False,
+    debug: Annotated[
+        bool,
+        typer.Option(
+            "--debug",
+            envvar="DIFFSCALER_DEBUG",
+            help="Show where an error came from.",
+            metavar="",
+        ),
+    ] = False,
 ) -> None:
     """One frozen diffusion model, many tiny tasks."""
     level = logging.INFO if verbose else logging.WARNING
@@ -68,6 +87,17 @@ def start(
     if version:
         say(__version__)
         raise typer.Exit
+
+
+def _in_words(error: Exception) -> str:
+    """Returns an error as a line for who made the mistake."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"this needs the library {error.name}; run: pip install 'diffscaler[all]'"
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return f"no file {error.filename!r}"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.strerror}: {error.filename!r}"
+    return str(error)
 
 
 def _complain(message: str) -> None:

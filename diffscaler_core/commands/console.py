@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 from rich.console import Console
 
-from ..errors import DiffScalerError
-from ..task import TaskAdapter
+from ..errors import DiffScalerError, TaskFileError
+
+if TYPE_CHECKING:
+    from ..task import TaskAdapter
+
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the outcome as JSON, and nothing else.", metavar="")
+]
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
@@ -14,6 +25,54 @@ err = Console(stderr=True, soft_wrap=True)
 def say(text: str) -> None:
     """Prints a line as it is: no markup, no colours of its own."""
     out.print(text, highlight=False, markup=False)
+
+
+def say_json(value: Any) -> None:
+    """Prints a value as JSON, on standard output."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def check_out(path: Path) -> None:
+    """Refuses a file that could not be written, before any work is done.
+
+    Raises:
+        TaskFileError: It does not end in .safetensors, is a folder, or lies below a file.
+    """
+    if path.suffix != ".safetensors":
+        raise TaskFileError(f"{path.name!r} must end in .safetensors")
+    if path.is_dir():
+        raise TaskFileError(f"{str(path)!r} is a folder; name a file in it")
+    above = next((folder for folder in path.absolute().parents if folder.exists()), path)
+    if not above.is_dir():
+        raise TaskFileError(f"{str(path)!r} cannot be written: {above.name!r} is no folder")
+
+
+def check_device(name: str) -> None:
+    """Refuses a device that torch does not know, or that is not there.
+
+    Raises:
+        DiffScalerError: With torch's own reason.
+    """
+    import torch
+
+    if name == "auto":
+        return
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise DiffScalerError(f"device {name!r} cannot be used: {reason}") from None
+
+
+def facts_of(task: TaskAdapter, file: Path) -> dict[str, Any]:
+    """Returns what `--json` tells of a task that was just written to a file."""
+    return {
+        "name": task.name,
+        "file": str(file),
+        "layers": len(task.layers),
+        "parameters": task.num_parameters,
+        "bytes": file.stat().st_size,
+    }
 
 
 def in_short(task: TaskAdapter) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +13,15 @@ from ..files import load_task, save_task
 from ..lora.read import import_lora, imported_text, is_task_file
 from ..lora.write import NAMINGS, export_lora
 from ..task import TaskAdapter
-from .console import in_short, say
+from .console import AsJson, check_out, facts_of, in_short, say, say_json
+
+EXAMPLES = {
+    "convert": (
+        "diffscaler convert my_lora.safetensors my_task.safetensors",
+        "diffscaler convert my_task.safetensors back.safetensors --to kohya",
+        "diffscaler convert my_lora.safetensors other.safetensors --to diffusers",
+    )
+}
 
 
 def convert(
@@ -32,7 +39,7 @@ def convert(
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse a LoRA that changes the text encoder too.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Turn a LoRA file into a task, or a task into a LoRA file; exactly, or not at all."""
     is_task = is_task_file(source)
@@ -44,6 +51,7 @@ def convert(
         )
     if to not in ("task", *NAMINGS):
         raise unknown("--to", to, ("task", *NAMINGS))
+    check_out(target)
     model = None if base is None else _denoiser(base)
     if is_task:
         task = load_task(source)
@@ -55,7 +63,7 @@ def convert(
     else:
         export_lora(task, target, to, base=model)
     if as_json:
-        typer.echo(json.dumps(_facts(task, target, to), indent=2, ensure_ascii=False))
+        say_json(_facts(task, target, to))
         return
     if not is_task:
         say(imported_text(task))
@@ -72,11 +80,5 @@ def _denoiser(base: str) -> nn.Module:
 
 def _facts(task: TaskAdapter, target: Path, to: str) -> dict[str, Any]:
     facts = {key: task.info.get(key) for key in ("name", "method", "base", "imported", "gain")}
-    return {
-        **{key: value for key, value in facts.items() if value is not None},
-        "to": to,
-        "file": str(target),
-        "layers": len(task.layers),
-        "parameters": task.num_parameters,
-        "bytes": target.stat().st_size,
-    }
+    known = {key: value for key, value in facts.items() if value is not None}
+    return {**known, "to": to, **facts_of(task, target)}

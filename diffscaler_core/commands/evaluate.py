@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,17 +16,19 @@ from ..evaluation.report import COLUMNS
 from ..files import load_task
 from ..task import TaskAdapter
 from ..training.bases.load import default_words, load_base
-from .console import err, out, say
+from .console import AsJson, check_device, err, out, say, say_json
 
 _DEFAULTS = EvaluationSettings()
-EXAMPLES = """Examples:
-
-diffscaler eval --base assets/pocket --task ink.safetensors --reference pictures/ink-kept --out out/ink
-
-diffscaler eval --base assets/pocket --task a=runs/a.safetensors --task b=runs/b.safetensors \
---reference pictures/flowers-kept --pictures 1000 --out out/flowers
-
-Interrupted, the same command goes on. What the figures mean: docs/evaluation.md."""  # noqa: E501
+EXAMPLES = {
+    "eval": (
+        "diffscaler eval --base assets/pocket --task ink.safetensors --reference pictures/ink-kept "
+        "--out out/ink",
+        "diffscaler eval --base assets/pocket --task a=runs/a.safetensors "
+        "--task b=runs/b.safetensors --reference pictures/flowers-kept --pictures 1000 "
+        "--out out/flowers",
+        "Interrupted, the same command goes on. What the figures mean: docs/evaluation.md.",
+    )
+}
 
 
 def evaluate(
@@ -72,7 +73,7 @@ def evaluate(
     columns: Annotated[int, typer.Option(help="Of the grid.")] = _DEFAULTS.columns,
     dtype: Annotated[str, typer.Option(help="Of the base.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure tasks against real pictures of what they are to draw."""
     settings = EvaluationSettings(
@@ -82,10 +83,14 @@ def evaluate(
     )  # fmt: skip
     tasks = _tasks(task)
     places = _references(reference, tasks)
-    net = load_features(features or _own_features(base), "cpu" if device == "auto" else device)
+    check_device(device)
+    _check_folder(folder)
+    where = "cpu" if device == "auto" else device
+    named = None if features is None else load_features(features, where)
     own = words or default_words(base)
     table = None if own is None else load_task(own)
     pipe = load_base(base, dtype, device)
+    net = named or load_features(_own_features(base), where)
     report: EvaluationReport | None = None
     try:
         with _Shown() as shown:
@@ -126,7 +131,7 @@ class _Shown:
 
 def _print(report: EvaluationReport, folder: Path, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(report.plain(), indent=1, ensure_ascii=False))
+        say_json(report.plain())
         return
     for reference in report.references:
         # One line per figure, one column per row: twelve figures do not fit side by side.
@@ -186,6 +191,13 @@ def _named(text: str) -> tuple[str | None, str]:
 def _own_features(base: str) -> str:
     beside = Path(base).expanduser() / "features.safetensors"
     return str(beside) if beside.is_file() else "inception"
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuses a folder that could not be made, before an hour's work."""
+    above = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if not above.is_dir():
+        raise DiffScalerError(f"no folder {str(folder)!r} can be made: {above.name!r} is a file")
 
 
 def _listed(text: str | None) -> tuple[str, ...]:

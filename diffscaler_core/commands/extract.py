@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -15,11 +14,35 @@ from ..errors import DiffScalerError, unknown
 from ..extraction import ENERGY, MOST_RANK, extract_task
 from ..files import load_task, save_task
 from ..resize import resize_task
-from .console import err, in_short, numbers, say
+from .console import (
+    AsJson,
+    check_device,
+    check_out,
+    err,
+    facts_of,
+    in_short,
+    numbers,
+    say,
+    say_json,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-_Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
+EXAMPLES = {
+    "extract": (
+        "diffscaler extract tuned.safetensors base.safetensors -o task.safetensors",
+        "diffscaler extract tuned.safetensors base.safetensors -o small.safetensors "
+        "--rank auto --energy 0.8",
+    ),
+    "resize": (
+        "diffscaler resize task.safetensors -o half.safetensors --rank 4",
+        "diffscaler resize task.safetensors -o small.safetensors --energy 0.95",
+    ),
+    "average": (
+        "diffscaler average step-800.safetensors step-1000.safetensors -o mean.safetensors",
+        "diffscaler average step-800.safetensors step-1000.safetensors --weights 1,2 "
+        "-o later.safetensors",
+    ),
+}
 
 
 def extract(
@@ -43,15 +66,16 @@ def extract(
         str | None, typer.Option(help="Which model of a pipeline's folder, as transformer_2.")
     ] = None,
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make a task of what fine-tuning changed: fine-tuned model minus base."""
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
-    _check_ending(to)
+    check_out(to)
+    check_device(device)
     parts = ("scale", "shift", "subspace") if scale else ("shift", "subspace")
-    column = TextColumn("{task.description}")
-    with Progress(*Progress.get_default_columns(), column, console=err, transient=True) as bar:
+    columns = (*Progress.get_default_columns(), TextColumn("{task.description}"))
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         shown = bar.add_task("")
         found = extract_task(
             tuned,
@@ -73,7 +97,7 @@ def extract(
         )
     save_task(found.task, to)
     if as_json:
-        typer.echo(json.dumps(found.report.as_dict(), indent=2, ensure_ascii=False))
+        say_json(found.report.as_dict())
         return
     say(found.report.text())
     say(f"{to}: {in_short(found.task)}")
@@ -86,14 +110,15 @@ def resize(
     energy: Annotated[
         float | None, typer.Option(help="Keep no more ranks than hold this share, as 0.95.")
     ] = None,
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Give a task another rank."""
+    check_out(to)
     resized = resize_task(load_task(file), rank, energy=energy)
     save_task(resized.task, to)
     if as_json:
         facts = {"exact": resized.is_exact, "worst": resized.worst, "errors": dict(resized.errors)}
-        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        say_json({**facts, **facts_of(resized.task, to)})
         return
     what = "relative error" if resized.is_exact else "share dropped (‖u‖·‖d‖, a heuristic)"
     mean = sum(resized.errors.values()) / len(resized.errors)
@@ -108,18 +133,17 @@ def average(
         str | None, typer.Option(help="One number per file, as in 1,2; default: all alike.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="The new task's name.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make one task of several checkpoints of a run: the mean of their parameters."""
+    check_out(to)
     tasks = [load_task(file) for file in files]
     task = average_tasks(tasks, numbers("weights", weights), name)
     save_task(task, to)
+    if as_json:
+        say_json(facts_of(task, to))
+        return
     say(f"{to}: {in_short(task)}")
-
-
-def _check_ending(to: Path) -> None:
-    """Refuses a file that could not be written, before hours of work."""
-    if to.suffix != ".safetensors":
-        raise DiffScalerError(f"{to.name!r} must end in .safetensors")
 
 
 def _whole(text: str) -> int:

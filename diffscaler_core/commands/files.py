@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +14,20 @@ from ..combine import combine_tasks
 from ..describe_file import describe_file, file_row, file_values
 from ..errors import DiffScalerError, TaskFileError
 from ..files import load_task, save_task
-from .console import in_short, numbers, out, say
+from .console import AsJson, check_out, facts_of, in_short, numbers, out, say, say_json
+
+EXAMPLES = {
+    "info": (
+        "diffscaler info ink.safetensors",
+        "diffscaler info ink.safetensors my_lora.safetensors tuned.safetensors",
+        "diffscaler info ink.safetensors --layers --json",
+    ),
+    "combine": (
+        "diffscaler combine ink.safetensors neon.safetensors -o both.safetensors",
+        "diffscaler combine ink.safetensors neon.safetensors --weights 0.7,0.3 --name mine "
+        "-o mine.safetensors",
+    ),
+}
 
 
 def info(
@@ -27,7 +39,7 @@ def info(
     if as_json:
         told = [file_values(file, layers) for file in files]
         shown = told[0] if len(files) == 1 else told
-        typer.echo(json.dumps(shown, indent=2, ensure_ascii=False))
+        say_json(shown)
     elif len(files) == 1 or layers:
         say("\n\n".join(describe_file(file, layers) for file in files))
     else:
@@ -55,9 +67,14 @@ def combine(
         str | None, typer.Option(help="One strength per file, as in 0.7,0.3; default 1 each.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="The new task's name.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make one task of several: exactly what they do together."""
+    check_out(to)
     tasks = [load_task(file) for file in files]
     combined = combine_tasks(tasks, numbers("weights", weights), name)
     save_task(combined, to)
+    if as_json:
+        say_json(facts_of(combined, to))
+        return
     say(f"{to}: {in_short(combined)}")

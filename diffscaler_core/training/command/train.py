@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ...auto_rank import AUTO
+from ...commands.console import check_device, check_out, facts_of, say_json
 from ...errors import DiffScalerError
 from ...files import save_task
 from ...methods import METHODS
@@ -38,17 +39,15 @@ from .plan import format_plan, plan_task, time_steps
 from .run_data import load_run, load_starts, load_words, skipped_lines
 from .tracking import Tracker, check_tracker, start_tracker
 
-EXAMPLES = """Examples:
-
-diffscaler train --base assets/pocket --data pictures/flowers --out flowers.safetensors
-
-diffscaler train flowers.toml --plan
-
-diffscaler train flowers.toml --steps 2000
-
-accelerate launch --num_processes 4 -m diffscaler_core.cli train flowers.toml
-
-Each key of the file is a flag here, and a flag wins. More about each: docs/training.md."""
+EXAMPLES = {
+    "train": (
+        "diffscaler train --base assets/pocket --data pictures/flowers --out flowers.safetensors",
+        "diffscaler train flowers.toml --plan",
+        "diffscaler train flowers.toml --steps 2000",
+        "accelerate launch --num_processes 4 -m diffscaler_core.cli train flowers.toml",
+        "Each key of the file is a flag here, and a flag wins. More about each: docs/training.md.",
+    )
+}
 _COMMON = "Common"
 
 
@@ -68,19 +67,29 @@ class _Job:
         return self.folder.main
 
 
-def _train(file: Path | None, plan: bool, said: Mapping[str, Any]) -> None:
+def _train(file: Path | None, plan: bool, as_json: bool, said: Mapping[str, Any]) -> None:
     """Train a task on a folder of pictures; the base stays as it is."""
     settings = read_config(file, said)
     if settings.log_with is not None:
         check_tracker(settings.log_with)
     if settings.push_to_hub is not None:
         check_repository(settings.push_to_hub)
+    check_device(settings.device)
+    for one in settings.tasks:
+        check_out(one.out)
     job = _load(settings)
     if plan:
-        _print_plan(job)
+        _print_plan(job, as_json)
         return
     tasks, drawn, steps_here = _run(job)
     early = _save(job, tasks, drawn, steps_here)
+    if as_json and job.main:
+        files = {own.name: own.out for own in settings.tasks}
+        told = [
+            {**facts_of(task, files[name]), "training": task.info["training"]}
+            for name, task in tasks.items()
+        ]
+        say_json({"tasks": told})
     if early:
         raise typer.Exit(130)
     if settings.push_to_hub is not None and job.main:
@@ -123,7 +132,7 @@ def _load(settings: RunSettings) -> _Job:
     return _Job(settings, console, accelerator, denoiser, runs, folder)
 
 
-def _print_plan(job: _Job) -> None:
+def _print_plan(job: _Job, as_json: bool) -> None:
     settings = job.settings
     processes = int(job.accelerator.num_processes) if job.accelerator is not None else 1
     plans = []
@@ -146,7 +155,9 @@ def _print_plan(job: _Job) -> None:
             job.denoiser, config, run.data, run.prompts, job.accelerator, ranks=ranks
         )
         plans.append(replace(plan, step_seconds=seconds, peak_bytes=peak))
-    if job.main:
+    if job.main and as_json:
+        say_json({"tasks": [asdict(plan) for plan in plans]})
+    elif job.main:
         typer.echo(format_plan(plans))
 
 
@@ -319,7 +330,7 @@ def _command() -> Callable[..., None]:
     """Returns `train` with one flag per setting, those most used first."""
 
     def train(**said: Any) -> None:
-        _train(said.pop("file"), said.pop("plan"), said)
+        _train(said.pop("file"), said.pop("plan"), said.pop("as_json"), said)
 
     ordered = sorted(
         SETTINGS.values(), key=lambda s: (not s.common, list(SECTIONS).index(s.section))
@@ -328,17 +339,27 @@ def _command() -> Callable[..., None]:
         "file": Annotated[
             Path | None, typer.Argument(help="A configuration file (TOML); see docs/training.md.")
         ],
+        **{setting.name: _flag(setting) for setting in ordered},
         "plan": Annotated[
             bool,
             typer.Option(
                 "--plan",
                 help="Say what it will be, memory and time too; train nothing.",
+                metavar="",
                 rich_help_panel=_COMMON,
             ),
         ],
-        **{setting.name: _flag(setting) for setting in ordered},
+        "as_json": Annotated[
+            bool,
+            typer.Option(
+                "--json",
+                help="Print the plan, or what was trained, as JSON, and nothing else.",
+                metavar="",
+                rich_help_panel=_COMMON,
+            ),
+        ],
     }
-    defaults = {"plan": False}
+    defaults = {"plan": False, "as_json": False}
     train.__annotations__ = annotations
     train.__doc__ = _train.__doc__
     train.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
