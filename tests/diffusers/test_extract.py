@@ -1,7 +1,6 @@
 """Extraction on diffusers' own models; the page's examples run as they stand."""
 
 import copy
-import re
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +81,3 @@ def test_the_command_reads_a_pipelines_folder_and_writes_nothing_for_a_wrong_pai
     assert {len(t["down"]) for t in load_task(small).layers.values() if "down" in t} == {1}
     assert run("average", out, out, "-o", small).exit_code == 0
     assert load_task(small).num_parameters == task.num_parameters
-
-
-def test_the_examples_of_the_page_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extract.md").read_text(), re.DOTALL)
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(compile(block, "docs/extract.md", "exec"), names)
-    assert len(blocks) == 3
-    assert 0 < names["found"].report.kept < 1
-    assert names["smaller"].is_exact
-    assert {len(t["down"]) for t in names["grown"].layers.values()} == {16}

@@ -1,8 +1,6 @@
 """`diffscaler eval` from the command line, and its page."""
 
 import json
-import re
-import shlex
 
 import pytest
 
@@ -93,28 +91,3 @@ def test_a_mistake_is_one_line(tmp_path, more, message):
     assert message in result.stderr
     assert result.stderr.strip().count("\n") <= 2  # what was going on, and the mistake
     assert not (tmp_path / "table.json").exists()
-
-
-def page_blocks(kind):
-    return re.findall(rf"```{kind}\n(.*?)```", PAGE.read_text(), re.DOTALL)
-
-
-def test_the_pages_commands_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "assets").symlink_to(ROOT / "assets")
-    lines = "".join(page_blocks("sh")).replace("\\\n", " ").splitlines()
-    commands = [line for line in lines if line.startswith("diffscaler eval")]
-    assert commands
-    for command in commands:
-        result = run(*shlex.split(command)[2:], *QUICK.split())
-        assert result.exit_code == 0, f"{command}\n{result.output}"
-
-
-def test_the_pages_python_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "assets").symlink_to(ROOT / "assets")
-    names: dict = {}
-    for block in page_blocks("python"):
-        few = block.replace("pictures=256", "pictures=6, steps=2, size=64, validation=2, drift=2")
-        exec(compile(few, "docs/evaluation.md", "exec"), names)
-    assert len(names["report"].rows) == 3
