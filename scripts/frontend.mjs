@@ -133,15 +133,27 @@ async function work(page, job) {
 
 const browser = await chromium.launch({ executablePath: request.chromium, args: FLAGS });
 try {
-  const page = await browser.newPage({ viewport: { width: 1800, height: 1100 } });
-  page.setDefaultTimeout(PATIENCE);
   const problems = [];
-  page.on("pageerror", (error) => problems.push(error.message.slice(0, 300)));
   const here = new URL(request.url).host;
-  await page.route((url) => url.host !== here && /^http/.test(url.protocol), (r) => r.abort());
-  await open(page);
+  /** A browser of its own, that remembers no other graph. */
+  const fresh = async () => {
+    const page = await browser.newPage({ viewport: { width: 1800, height: 1100 } });
+    page.setDefaultTimeout(PATIENCE);
+    page.on("pageerror", (error) => problems.push(error.message.slice(0, 300)));
+    await page.route((url) => url.host !== here && /^http/.test(url.protocol), (r) => r.abort());
+    await open(page);
+    return page;
+  };
+  let page = await fresh();
   const results = [];
-  for (const job of request.jobs) results.push(await work(page, job));
+  for (const job of request.jobs) {
+    // the frontend keeps pictures by node id, and would give other graphs' nodes room for them
+    if (job.kind === "arrange" && results.length) {
+      await page.context().close();
+      page = await fresh();
+    }
+    results.push(await work(page, job));
+  }
   process.stdout.write(JSON.stringify({ results, problems }));
 } finally {
   await browser.close();
