@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import DiffScalerError
+from .errors import DiffScalerError, shown
 
 #: What `rank` is, where the ranks are to be chosen.
 AUTO = "auto"
@@ -240,7 +240,7 @@ def parsed_budget(said: int | str) -> tuple[str, float]:
     if isinstance(said, bool) or not 0 < value < float("inf") or not whole:
         raise DiffScalerError(
             f"rank_budget must be a rank (8: as many numbers as rank 8 everywhere), a share of the "
-            f"base ('0.4%') or a count ('20k', '1.5M'), got {said!r}"
+            f"base ('0.4%') or a count ('20k', '1.5M'), got {shown(said)}"
         )
     if kind == "numbers":
         value *= _UNITS[text[-1]]

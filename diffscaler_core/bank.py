@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .attach import Attachment, Row, Weight, attach, mix_of
 from .errors import DiffScalerError, first_names, unknown
+from .file_names import problem_of
 from .files import load_task
 from .task import TaskAdapter
 
@@ -219,9 +220,10 @@ class TaskBank:
     def _from_source(self, name: str) -> TaskAdapter:
         if isinstance(self._source, Path):
             # a name is one file's in the folder, whatever it holds: no path leads out of it
-            if name != Path(name).name or not (self._source / f"{name}.safetensors").is_file():
+            path = self._source / f"{name}.safetensors"
+            if name != Path(name).name or problem_of(path.name) or not path.is_file():
                 raise unknown("task", name, self.names)
-            return load_task(self._source / f"{name}.safetensors")
+            return load_task(path)
         if isinstance(self._source, Mapping):
             if name not in self._source:
                 raise unknown("task", name, tuple(self._source))

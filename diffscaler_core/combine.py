@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .affiner import PARTS
 from .classes import CLASSES, ROWS
-from .errors import DiffScalerError, first_names, unknown
+from .errors import DiffScalerError, first_names, shown, unknown
 from .targets import pattern_value
 from .task import TaskAdapter
 
@@ -174,7 +174,7 @@ def _check_patterns(task: TaskAdapter, layers: Mapping[str, float] | None) -> No
     for pattern in layers or {}:
         if not any(pattern_value(name, {pattern: True}, False) for name in names):
             raise DiffScalerError(
-                f"pattern {pattern!r} matches none of the {len(names)} layers of task "
+                f"pattern {shown(pattern)} matches none of the {len(names)} layers of task "
                 f"{task.name!r}, for example {', '.join(names[:2]) or 'none'}"
             )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from .errors import printable
 from .families import FAMILIES
 from .methods import METHODS
 from .task import TaskAdapter
@@ -19,7 +20,8 @@ def describe(task: TaskAdapter) -> str:
     width = max(len(label) for label, _ in rows)
     indent = "\n" + " " * (width + 2)
     return "\n".join(
-        f"{label:<{width}}  {text.strip().replace(chr(10), indent)}" for label, text in rows
+        f"{label:<{width}}  {printable(text).strip().replace(chr(10), indent)}"
+        for label, text in rows
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .describe import describe, family_title, in_bytes, span
+from .errors import printable
 from .files import outline_task, read_info
 from .foreign import FileFacts, file_facts
 
@@ -29,9 +30,9 @@ def describe_file(path: str | Path, layers: bool = False) -> str:
     else:
         rows = [(label, said) for label, said in _rows(facts) if said]
         width = max(len(label) for label, _ in rows)
-        text = "\n".join(f"{label:<{width}}  {said}" for label, said in rows)
+        text = "\n".join(f"{label:<{width}}  {_line(said)}" for label, said in rows)
     if layers:
-        text += "".join(f"\n  {name}: rank {rank}" for name, rank in facts.ranks.items())
+        text += "".join(f"\n  {_line(name)}: rank {rank}" for name, rank in facts.ranks.items())
     return text
 
 
@@ -78,12 +79,18 @@ def file_row(path: str | Path) -> tuple[str, ...]:
         family, count = family_title(base), task.num_parameters
     layers = str(facts.layers) if facts.layers else ""
     numbers = (rank_text(facts), layers, f"{count:,}", in_bytes(facts.bytes))
-    return (facts.name, facts.kind.title, family, *numbers, _dtypes(facts))
+    told = (facts.name, facts.kind.title, family, *numbers, _dtypes(facts))
+    return tuple(map(_line, told))
 
 
 def rank_text(facts: FileFacts) -> str:
     """Returns an adapter's rank, "4 to 16" where layers differ, "" without any."""
     return span(facts.ranks.values())
+
+
+def _line(text: str) -> str:
+    """Returns a text as a line that a terminal can be shown."""
+    return " ".join(printable(text).splitlines())
 
 
 def _rows(facts: FileFacts) -> Iterator[tuple[str, str]]:

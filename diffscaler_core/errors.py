@@ -10,6 +10,7 @@ They derive from ValueError, so that code that cannot import this package can st
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -38,6 +39,26 @@ def shown(value: object) -> str:
     """Returns a value as one short line, as names in foreign files may be as long as they like."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:60]}…{text[-30:]}"
+
+
+def reason_of(error: BaseException) -> str:
+    """Returns what somebody else's error says, as one short line that any terminal can show."""
+    line = str(error).partition("\n")[0]
+    line = line if len(line) <= 300 else f"{line[:200]}…{line[-80:]}"
+    return printable(line) or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Returns a text out of a foreign file without what would steer a terminal; lines stay."""
+    if text.isprintable():
+        return text
+    lines = text.replace("\r\n", "\n").replace("\t", " ").split("\n")
+    return "\n".join("".join(c if _is_shown(c) else "\ufffd" for c in line) for line in lines)
+
+
+def _is_shown(letter: str) -> bool:
+    # control characters, half characters, and the separators that some count as line ends
+    return unicodedata.category(letter) not in ("Cc", "Cs", "Zl", "Zp")
 
 
 def first_names(names: Iterable[str], count: int = 3) -> str:

@@ -19,6 +19,7 @@ from .task import CONTROL_EMBEDDINGS
 COMPONENTS = ("transformer", "transformer_2", "unet")
 EXTRAS = ("control", "classes")
 MAX_NAME = 512
+MAX_WORD = 200
 _DTYPES = {"F32", "F16", "BF16"}
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
@@ -38,6 +39,9 @@ def check_config(
         "base": Mapping,
         "prompts": (list, tuple),
         "layers": int,
+        "parts": (list, tuple),
+        "extracted": Mapping,
+        "training": (Mapping, type(None)),  # a combined task had no training of its own
     }
     for key, kind in wanted.items():
         value = config.get(key)
@@ -47,11 +51,15 @@ def check_config(
             or (is_number and (isinstance(value, bool) or not math.isfinite(value)))
         ):
             raise TaskFileError(f"{file!r}: config entry {key!r} must not be {shown(value)}")
-    if "name" not in config or config.get("method") not in METHODS:
+    _check_words(file, config)
+    _check_sources(file, config)
+    if "name" not in config or str(config.get("method")) not in METHODS:
         raise TaskFileError(
             f"{file!r}: method {shown(config.get('method'))} and name {shown(config.get('name'))}: "
             f"a task has a name and one of the methods {', '.join(METHODS)}"
         )
+    if not all(isinstance(part, str) for part in config.get("parts", ())):
+        raise TaskFileError(f"{file!r}: config entry 'parts' must not be {shown(config['parts'])}")
     if config.get("activation", "relu") not in ACTIVATIONS:
         raise TaskFileError(
             f"{file!r}: activation {shown(config['activation'])}; known: {', '.join(ACTIVATIONS)}"
@@ -65,6 +73,31 @@ def check_config(
     _check_control(file, config.get("control"), grouped(shapes, "control."))
     rows = {name: shape for name, shape in shapes.items() if name.startswith(CLASSES)}
     _check_classes(file, config.get("classes"), config.get("class_table"), rows)
+
+
+def _check_words(file: str, config: Mapping[str, Any]) -> None:
+    """Checks what messages quote of a file: short words on one line."""
+    for key, names in (("base", ("family", "class", "fingerprint")), ("control", ("kind",))):
+        facts = config.get(key) or {}
+        told = {n: facts[n] for n in names if n in facts} if isinstance(facts, Mapping) else {}
+        for name, value in told.items():
+            if value is not None and not (
+                isinstance(value, str) and value.isprintable() and len(value) <= MAX_WORD
+            ):
+                raise TaskFileError(
+                    f"{file!r}: config entry {key!r} must not be of {name} {shown(value)}"
+                )
+
+
+def _check_sources(file: str, config: Mapping[str, Any]) -> None:
+    """Checks what the file says it was combined from: tasks' names and strengths."""
+    for key in ("combined_from", "averaged_from"):
+        sources = config.get(key) or ()
+        if not isinstance(sources, (list, tuple)) or not all(
+            isinstance(one, Mapping) and type(one.get("weight", 1)) in (int, float)
+            for one in sources
+        ):
+            raise TaskFileError(f"{file!r}: config entry {key!r} must not be {shown(sources)}")
 
 
 def _check_prompts(

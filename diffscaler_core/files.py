@@ -7,6 +7,7 @@ Header metadata: `diffscaler.format` (the version), `diffscaler.config` (JSON fa
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -15,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
 from .atomic import write_whole
-from .errors import TaskFileError, shown
+from .errors import TaskFileError, reason_of, shown
 from .families import FAMILIES
 from .file_rules import (
     COMPONENTS,
@@ -32,31 +33,35 @@ from .file_rules import (
     check_layers,
     grouped,
 )
-from .header import parse_json, read_any_header
+from .header import Header, parse_json, read_any_header
 from .task import TaskAdapter, flat, rank_facts
+from .tensor_file import ChangedError, read_tensors
 from .version import __version__
 
 FORMAT = "1"
 MAX_CONFIG = 2**20
+_TRIES = 20
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def save_task(task: TaskAdapter, path: str | Path) -> Path:
+def save_task(task: TaskAdapter, path: str | Path, *, replace: bool = True) -> Path:
     """Writes a task; the file is there whole or not at all.
 
     Args:
         task: The task.
         path: Where to; must end in `.safetensors`. A file that is there is replaced only once the
             new one is complete on disk.
+        replace: False: a file that is there is not replaced.
 
     Raises:
+        FileExistsError: There is one, and it may not be replaced.
         TaskFileError: Another ending, a task that could not be loaded again (names, facts, shapes,
             dtypes, NaN, Inf), or the disk refuses; what was there before is then untouched.
     """
     path = safetensors_path(path)
     tensors = _flatten(task)
     check_in_memory(path.name, tensors, task.info)
-    return write_file(path, _encode(task, tensors))
+    return write_file(path, _encode(task, tensors), replace=replace)
 
 
 def safetensors_path(path: str | Path) -> Path:
@@ -71,14 +76,17 @@ def safetensors_path(path: str | Path) -> Path:
     return path
 
 
-def write_file(path: Path, data: bytes) -> Path:
+def write_file(path: Path, data: bytes, *, replace: bool = True) -> Path:
     """Writes a file whole or not at all, and returns its path.
 
     Raises:
+        FileExistsError: There is one, and it may not be replaced.
         TaskFileError: The disk refuses; what was there before is untouched.
     """
     try:
-        write_whole(path, data)
+        write_whole(path, data, replace=replace)
+    except FileExistsError:
+        raise
     except OSError as error:
         raise TaskFileError(
             f"could not write {str(path)!r}: {error.strerror or error}; nothing was changed there"
@@ -95,17 +103,31 @@ def load_task(path: str | Path) -> TaskAdapter:
         FileNotFoundError: No such file.
     """
     path = Path(path)
+    for _ in range(_TRIES):
+        with contextlib.suppress(ChangedError):  # somebody saved it just now
+            return _loaded(path)
+    raise TaskFileError(f"{path.name!r} changed while it was read, again and again; load it later")
+
+
+def _loaded(path: Path) -> TaskAdapter:
+    """Returns the task of a file, all of it as the file was at one moment.
+
+    Raises:
+        ChangedError: Somebody replaced it meanwhile.
+    """
     header = read_header(path)
     config = _read_config(path.name, header)
-    names = [name for name in header if name != "__metadata__"]
+    metadata = header.pop("__metadata__")
     try:
-        with torch.inference_mode(False), safe_open(str(path), "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in names}
+        tensors = read_tensors(path, Header(header, metadata))
+    except ChangedError:
+        raise
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise TaskFileError(f"{path.name!r} is broken: {reason}; download it again") from error
+        raise TaskFileError(
+            f"{path.name!r} is broken: {reason_of(error)}; download it again"
+        ) from error
     check_finite(path.name, tensors)
-    return _build(tensors, config, header["__metadata__"])
+    return _build(tensors, config, metadata)
 
 
 def task_from_tensors(tensors: Mapping[str, Any], label: str) -> TaskAdapter:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from .families import FAMILIES, Family
-from .header import Header, read_any_header
+from .header import MAX_ANY_HEADER, Header, read_any_header
 
 #: Other tools keep whole tag tables in the header; a real one is below 8 MiB.
-MAX_HEADER, MAX_ITEMS = 16 * 2**20, 2**20
+MAX_HEADER, MAX_ITEMS = MAX_ANY_HEADER, 2**20
 
 
 @dataclass(frozen=True)

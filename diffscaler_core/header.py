@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .errors import TaskFileError, first_names, shown
+from .errors import TaskFileError, first_names, reason_of, shown
 
 MAX_HEADER = 4 * 2**20  # bytes; a real header of 1,000 layers is 0.4 MiB
 MAX_ITEMS = 2**18  # JSON values in a header; a real one has about 10 a tensor
+MAX_ANY_HEADER = 16 * 2**20  # bytes, of other tools' files, which may hold whole tag tables
+_MOST_DIMENSIONS, _MOST_NUMBERS = 64, 2**56  # of a tensor, whose bytes torch counts in 63 bits
+_MOST_DIGITS = 21  # of a whole number: every 64-bit one has fewer
+_HALVES = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 
 class Header(NamedTuple):
@@ -45,11 +50,20 @@ def read_any_header(path: Path, most: int = MAX_HEADER, items: int = MAX_ITEMS) 
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise TaskFileError(f"{path.name!r} has header metadata that is not text")
     if not all(
-        isinstance(entry, dict) and "dtype" in entry and isinstance(entry.get("shape"), list)
+        isinstance(entry, dict) and "dtype" in entry and _is_shape(entry.get("shape"))
         for entry in header.values()
     ):
         raise TaskFileError(f"{path.name!r} is no safetensors file: its header is malformed")
     return Header(header, metadata)
+
+
+def _is_shape(shape: object) -> bool:
+    return (
+        isinstance(shape, list)
+        and len(shape) <= _MOST_DIMENSIONS
+        and all(type(length) is int and length >= 0 for length in shape)
+        and math.prod(shape) < _MOST_NUMBERS
+    )
 
 
 def raw_header(path: Path, most: int = MAX_HEADER, items: int = MAX_ITEMS) -> bytes:
@@ -101,16 +115,29 @@ def parse_json(file: str, what: str, raw: bytes | str) -> dict[str, Any]:
         return dict(pairs)
 
     try:
+        text = raw if isinstance(raw, str) else raw.decode("utf-8")
         parsed = json.loads(
-            raw, object_pairs_hook=unique, parse_constant=_finite, parse_float=_finite
+            text,
+            object_pairs_hook=unique,
+            parse_constant=_finite,
+            parse_float=_finite,
+            parse_int=_whole,
         )
+        if _HALVES.search(text):  # half a character can be neither printed nor written
+            json.dumps(parsed, ensure_ascii=False).encode()
     except TaskFileError:
         raise
     except (ValueError, RecursionError) as error:
-        raise TaskFileError(f"{file!r} has a {what} that is no JSON: {error}") from error
+        raise TaskFileError(f"{file!r} has a {what} that is no JSON: {reason_of(error)}") from error
     if not isinstance(parsed, dict):
         raise TaskFileError(f"{file!r} has a {what} that is no JSON object")
     return parsed
+
+
+def _whole(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"{shown(text)} is too large a number")
+    return int(text)
 
 
 def _finite(text: str) -> float:

@@ -222,7 +222,7 @@ def _point(word: str, where: str) -> tuple[str, Point]:
         )
     part = found["part"] or ""
     if part and part not in PARTS:
-        raise DiffScalerError(f"{where}: no part {part!r}; parts are {', '.join(PARTS)}")
+        raise DiffScalerError(f"{where}: no part {shown(part)}; parts are {', '.join(PARTS)}")
     percent, factor = (read_number(found[name], where) for name in ("percent", "factor"))
     if not 0 <= percent <= 1:
         raise DiffScalerError(

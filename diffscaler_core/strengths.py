@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 
-from .errors import DiffScalerError
+from .errors import DiffScalerError, shown
+from .patterns import compiled
 
 _RANGE = re.compile(r"(?:(?P<list>[\w.]*?[A-Za-z_]\w*)\.)?(?P<first>\d+)(?:\s*-\s*(?P<last>\d+))?")
 _PLAIN = re.compile(r"[\w.]+")
-_MOST_BLOCKS = 1000
+_MOST_BLOCKS, _MOST_LETTERS = 1000, 1000
 
 
 def parse_strengths(text: str, count: int) -> list[float]:
@@ -18,9 +19,8 @@ def parse_strengths(text: str, count: int) -> list[float]:
     Raises:
         DiffScalerError: Another number of strengths, or something that is no number.
     """
-    numbers = [
-        read_number(word, f"strengths {text!r}") for word in re.split(r"[,;\s]+", text) if word
-    ]
+    where = f"strengths {shown(text)}"
+    numbers = [read_number(word, where) for word in re.split(r"[,;\s]+", text) if word]
     if len(numbers) <= 1:
         return (numbers or [1.0]) * count
     if len(numbers) != count:
@@ -52,7 +52,7 @@ def parse_block_weights(text: str) -> dict[str, float]:
         line = line.partition("#")[0].strip()
         if not line:
             continue
-        where = f"line {row} of the block strengths, {line!r}"
+        where = f"line {row} of the block strengths, {shown(line)}"
         which, colon, number = line.rpartition(":")
         if not colon or not which.strip():
             raise DiffScalerError(f"{where}: write 'which: factor', such as '0-5: 0.5'")
@@ -61,21 +61,24 @@ def parse_block_weights(text: str) -> dict[str, float]:
 
 
 def _pattern(which: str, where: str) -> str:
+    if len(which) > _MOST_LETTERS:  # before our own pattern reads it, whose time is its square
+        raise DiffScalerError(f"{where}: no pattern has {len(which)} letters")
     numbered = _RANGE.fullmatch(which)
     if numbered:
-        first = int(numbered["first"])
-        last = int(numbered["last"] or first)
+        low, high = numbered["first"], numbered["last"] or numbered["first"]
+        first, last = (int(word) if len(word) < 9 else _MOST_BLOCKS for word in (low, high))
         if not first <= last < _MOST_BLOCKS:
-            raise DiffScalerError(f"{where}: blocks {first} to {last} is no range")
+            raise DiffScalerError(f"{where}: blocks {shown(low)} to {shown(high)} is no range")
         blocks = "|".join(map(str, range(first, last + 1)))
         if numbered["list"]:
             return rf"(.*\.)?{re.escape(numbered['list'])}\.({blocks})(\..*)?"
-        return rf"([A-Za-z_]\w*\.)+?({blocks})(\..*)?"
+        # the first number in the path, and no later one
+        return rf"[A-Za-z_]((?!\.\d).)*\.({blocks})(\..*)?"
     if _PLAIN.fullmatch(which):
         return rf"(.*\.)?{re.escape(which)}(\..*)?"
     try:
-        re.compile(which)
-    except re.error as error:
+        compiled(which)
+    except DiffScalerError as error:
         raise DiffScalerError(f"{where}: no block, no name and no pattern: {error}") from error
     return which
 
@@ -87,5 +90,5 @@ def read_number(word: str, where: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise DiffScalerError(f"{where}: {word!r} is no number")
+        raise DiffScalerError(f"{where}: {shown(word)} is no number")
     return number

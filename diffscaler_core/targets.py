@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .affiner import ConvGeometry
-from .errors import DiffScalerError, MismatchError
+from .errors import DiffScalerError, MismatchError, shown
+from .patterns import compiled
 
 _MLP = r"(ff(_\w+)?|ffn|\w*mlp\w*|feed_forward)"
 #: Preset -> regular expression a target's path below its block must contain; None: no condition.
@@ -100,7 +101,8 @@ def find_targets(
     if not chosen:
         sample = ", ".join(t.name for t in everything[:3]) or "none at all"
         raise DiffScalerError(
-            f"no layer of {type(model).__name__} matches targets={targets!r} exclude={exclude!r}; "
+            f"no layer of {type(model).__name__} matches targets={shown(targets)} "
+            f"exclude={shown(exclude)}; "
             f"presets: {', '.join(PRESETS)}; it has {len(everything)} layers, for example {sample}"
         )
     return tuple(chosen)
@@ -153,12 +155,7 @@ def matches(name: str, patterns: str | Sequence[str]) -> bool:
     (as in PEFT's `target_modules`).
     """
     if isinstance(patterns, str):
-        try:
-            return re.fullmatch(patterns, name) is not None
-        except re.error as error:
-            raise DiffScalerError(
-                f"{patterns!r} is no preset and no regular expression: {error}"
-            ) from error
+        return compiled(patterns).fullmatch(name) is not None
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
 
 

@@ -66,14 +66,11 @@ def test_nodes_reach_the_core_only_relatively(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=_name)
-def test_package_never_edits_the_path_or_runs_foreign_code(path: Path) -> None:
-    tree = _parse(path)
-    assert not set(_absolute(tree)) & {"pickle", "cPickle", "dill", "marshal", "shelve"}
-    for node in ast.walk(tree):
+def test_package_never_edits_the_path(path: Path) -> None:
+    """What it may never run or reach: tests/security/test_forbidden_code.py."""
+    for node in ast.walk(_parse(path)):
         if isinstance(node, ast.Attribute):
-            assert ast.unparse(node) not in {"sys.path", "torch.load", "pickle.load"}, node.lineno
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            assert node.func.id not in {"eval", "exec", "compile", "__import__"}, node.lineno
+            assert ast.unparse(node) != "sys.path", node.lineno
 
 
 def test_root_imports_nothing_at_module_level() -> None:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import TaskFileError, shown
+from ..errors import TaskFileError, reason_of, shown
 from ..header import parse_json
 
 #: Where diffusers' `save_lora_weights` keeps PEFT's configuration, and where PEFT itself does.
 METADATA_KEY = "lora_adapter_metadata"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_MAX_CONFIG = 2**20  # characters
+_MAX_CONFIG = 2**20  # bytes
 _NAME = re.compile(r"\^?[\w.\-]+\$?")
 
 
@@ -42,6 +42,8 @@ class Scaling:
         if config is None:
             return 1.0
         patterns = config.get("alpha_pattern") or {}
+        if not isinstance(patterns, Mapping):
+            raise TaskFileError(f"{self.label}: alpha_pattern must not be {shown(patterns)}")
         alpha = next(
             (value for pattern, value in patterns.items() if self._means(pattern, layer)),
             config.get("lora_alpha", rank),
@@ -75,9 +77,12 @@ def scalings(path: Path, metadata: Mapping[str, str]) -> Scaling:
         configs = _by_prefix(flat)
     elif path.name == PEFT_FILE and beside.is_file():
         label = repr(beside.name)
-        with beside.open(encoding="utf-8") as file:
-            text = file.read(_MAX_CONFIG + 1)
-        configs = {"": parse_json(beside.name, "configuration", text)}
+        try:
+            with beside.open("rb") as file:
+                raw = file.read(_MAX_CONFIG + 1)
+        except OSError as error:
+            raise TaskFileError(f"could not read {label}: {reason_of(error)}") from error
+        configs = {"": parse_json(beside.name, "configuration", raw)}
     else:
         return Scaling("", {})
     for config in configs.values():
@@ -105,4 +110,6 @@ def _check(label: str, config: Mapping[str, Any]) -> None:
     }
     odd = [what for key, what in others.items() if config.get(key)]
     if not kind.endswith("LORA") or odd:
-        raise TaskFileError(f"{label}: no plain LoRA but {kind}" + "".join(f", {o}" for o in odd))
+        raise TaskFileError(
+            f"{label}: no plain LoRA but {shown(kind)}" + "".join(f", {o}" for o in odd)
+        )

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..errors import TaskFileError, first_names
+from ..errors import TaskFileError, first_names, reason_of
 from ..families import FAMILIES
 from ..file_rules import check_finite
+from ..header import Header
 from ..layouts import own_units, slice_rows, swap_halves
 from ..targets import as_target, resolve
+from ..tensor_file import read_tensors
 from .alpha import Scaling, scalings
 from .names import LAYERS_PER_BLOCK, LORA_NAMES, PREFIXES, Place, places, split_prefix
 
@@ -29,6 +31,8 @@ _DTYPES = {
     "F8_E4M3": torch.float16,
     "F8_E5M2": torch.float16,
 }
+#: Other dtypes that an alpha may have.
+_NUMBERS = ("F64", "I64", "I32", "I16", "I8", "U8")
 #: ModelSpec entries of a LoRA file that are as true of the task.
 _MODELSPEC = (
     *("title", "author", "description", "license", "date", "thumbnail", "tags", "trigger_phrase"),
@@ -51,8 +55,8 @@ class LoraFile:
     """A file being read: its path and header, and what the base's blocks are like."""
 
     path: Path
-    entries: Mapping[str, Any]
-    metadata: Mapping[str, str]
+    entries: dict[str, dict[str, Any]]
+    metadata: dict[str, str]
     layers_per_block: int
 
     def placed(self, keys: Mapping[str, Mapping[str, str]]) -> tuple[str, list[Layer]]:
@@ -182,8 +186,8 @@ class LoraFile:
         odd = [
             f"{key} ({dtype})"
             for key in wanted
-            if (dtype := self.entries[key].get("dtype")) not in _DTYPES
-            and not key.endswith(".alpha")
+            if str(dtype := self.entries[key].get("dtype")) not in _DTYPES
+            and not (key.endswith(".alpha") and str(dtype) in _NUMBERS)
         ]
         if odd:
             raise TaskFileError(
@@ -191,11 +195,9 @@ class LoraFile:
                 f"without loss, and no others"
             )
         try:
-            with torch.inference_mode(False), safe_open(str(self.path), "pt") as file:
-                tensors = {key: file.get_tensor(key) for key in wanted}
+            tensors = read_tensors(self.path, Header(self.entries, self.metadata), wanted)
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            reason = str(error).partition("\n")[0]
-            raise TaskFileError(f"{self.path.name!r} is broken: {reason}") from error
+            raise TaskFileError(f"{self.path.name!r} is broken: {reason_of(error)}") from error
         tensors = {
             key: t.to(_DTYPES.get(self.entries[key]["dtype"], torch.float64))
             for key, t in tensors.items()
@@ -205,7 +207,7 @@ class LoraFile:
 
     def _scale(self, layer: Layer, own: Mapping[str, Tensor], scaling: Scaling) -> float:
         """Returns alpha / rank of a layer, or what stands for it in PEFT's files."""
-        rank = len(own["down"]) if "down" in own and own["down"].ndim else 1
+        rank = (len(own["down"]) if "down" in own and own["down"].ndim else 1) or 1
         if "alpha" not in own:
             return scaling.of(layer.prefix, split_prefix(layer.named)[1], rank)
         if own["alpha"].numel() != 1:
@@ -224,7 +226,8 @@ class LoraFile:
         parts: dict[str, Tensor] = {}
         if "down" in own:
             down, up = own["down"], own["up"]
-            if down.ndim < 2 or up.ndim < 2 or up.shape[1] != len(down) or up[0, 0].numel() != 1:
+            sound = down.ndim >= 2 and up.ndim >= 2 and down.numel() and up.numel()
+            if not sound or up.shape[1] != len(down) or up[0, 0].numel() != 1:
                 raise TaskFileError(
                     f"{label} is no down and up: {tuple(down.shape)} and {tuple(up.shape)}"
                 )

@@ -13,12 +13,12 @@ from pathlib import Path
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import PeftType
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ..affiner import TENSORS
 from ..atomic import write_whole
-from ..errors import DiffScalerError, TaskFileError, first_names, unknown
+from ..errors import DiffScalerError, TaskFileError, first_names, reason_of, unknown
 from ..file_rules import check_in_memory
 from ..folding import weights_of
 from ..matching import match_layers
@@ -189,13 +189,15 @@ def load_folder(
     folder = Path(folder)
     config = _read_config(folder)
     try:
-        stored = load_file(folder / TENSORS_FILE)
+        stored = load((folder / TENSORS_FILE).read_bytes())  # as in `tensor_file.py`
     except FileNotFoundError:
         raise TaskFileError(
             f"{str(folder)!r} has no {TENSORS_FILE}; save the adapter as safetensors"
         ) from None
     except SafetensorError as error:
-        raise TaskFileError(f"{str(folder / TENSORS_FILE)!r} is broken: {error}") from error
+        raise TaskFileError(
+            f"{str(folder / TENSORS_FILE)!r} is broken: {reason_of(error)}"
+        ) from error
     kind = str((config.info.get("base") or {}).get("class", ""))
     component = component or ("unet" if "unet" in kind.lower() else "transformer")
     layers: dict[str, dict[str, Tensor]] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..atomic import PART, write_whole
-from ..errors import DiffScalerError
+from ..errors import DiffScalerError, reason_of, shown
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,9 @@ def save_checkpoint(
     """
     path = folder / f"step-{step:09}.safetensors"
     own = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    note = json.dumps({"version": VERSION, "step": step, **facts})  # Prodigy keeps an Infinity
+    # as JSON has it; Prodigy keeps an Infinity
+    told = json.loads(json.dumps({"version": VERSION, "step": step, **facts}))
+    note = json.dumps({**told, "crc32": _sum_of(own, told)})
     write_whole(path, save(own, {_KEY: note}))
     mine = [p for p in _checkpoints(folder) if p.name <= path.name]
     for old in set(_checkpoints(folder)) - set(mine[-keep:]):
@@ -87,15 +90,33 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         with torch.inference_mode(False), safe_open(str(path), "pt") as file:
             facts = json.loads((file.metadata() or {})[_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            # copies: of a file that is mapped into memory nobody can get rid on Windows
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise DiffScalerError(f"checkpoint {path.name!r} cannot be read: {reason}") from error
-    if facts.get("version") != VERSION:
         raise DiffScalerError(
-            f"checkpoint {path.name!r} is of version {facts.get('version')}, this is {VERSION}"
+            f"checkpoint {path.name!r} cannot be read: {reason_of(error)}"
+        ) from error
+    if not isinstance(facts, dict) or facts.get("version") != VERSION:
+        version = facts.get("version") if isinstance(facts, dict) else None
+        raise DiffScalerError(
+            f"checkpoint {path.name!r} is of version {shown(version)}, this is {VERSION}"
         )
-    return Checkpoint(int(facts["step"]), tensors, facts, path)
+    total = facts.pop("crc32", None)  # an older release's has none
+    if total is not None and total != _sum_of(tensors, facts):
+        raise DiffScalerError(f"checkpoint {path.name!r} was damaged: its checksum is another")
+    step = facts.get("step")
+    if type(step) is not int or step < 0:
+        raise DiffScalerError(f"checkpoint {path.name!r} cannot be of step {shown(step)}")
+    return Checkpoint(step, tensors, facts, path)
+
+
+def _sum_of(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> int:
+    """Returns a checksum of all that a checkpoint holds."""
+    total = zlib.crc32(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
+        total = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, total)
+    return total
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

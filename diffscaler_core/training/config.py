@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..affiner import ACTIVATIONS
 from ..auto_rank import AUTO, parsed_budget
-from ..errors import DiffScalerError, unknown
+from ..errors import DiffScalerError, shown, unknown
 from ..methods import GAMMA_BLOCKS, METHODS
 from ..task import CONTROL_EMBEDDINGS
 
@@ -175,7 +175,7 @@ class TrainingConfig:
             if (field, value) == ("rank", AUTO):
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise DiffScalerError(f"{field} must be a number, got {value!r}")
+                raise DiffScalerError(f"{field} must be a number, got {shown(value)}")
             if not low <= value <= high:
                 raise DiffScalerError(f"{field} must be {_between(low, high)}, got {value}")
         for field in POSITIVE:

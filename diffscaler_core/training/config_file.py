@@ -9,18 +9,30 @@ import difflib
 import json
 import math
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..errors import DiffScalerError, shown
+from ..errors import DiffScalerError, reason_of, shown
 from .config import TrainingConfig
-from .settings import SECTIONS, SETTINGS, TASK_KEYS, RunSettings, Setting, check_choice, settings_of
+from .settings import (
+    SECTIONS,
+    SETTINGS,
+    TASK_KEYS,
+    RunSettings,
+    Setting,
+    check_choice,
+    expanded,
+    settings_of,
+)
 
 #: A section that a run writes for people to read; reading ignores it.
 FACTS = "facts"
 MAX_BYTES = 2**20
+#: The largest whole number that is meant; a seed has 64 bits.
+MOST = 2**64
 _KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 _KINDS[Path] = "a path, as a text"
 _TABLE = re.compile(r"\s*(\[\[?)\s*([^\[\]]+?)\s*\]\]?\s*(#.*)?$")
@@ -58,16 +70,25 @@ def checked(setting: Setting, value: Any) -> Any:
     kind = setting.kind
     if setting.many and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
         return list(value)
+    if isinstance(value, int) and not -MOST <= value <= MOST:
+        raise DiffScalerError(
+            f"{setting.name} must not be a number of {len(hex(value)) - 2} digits"
+        )
     if isinstance(value, int) and not isinstance(value, bool) and kind is float:
         value = float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DiffScalerError(f"{setting.name} must be a finite number, got {value}")
     if setting.text and isinstance(value, str):
-        value = int(value) if value.strip().isdecimal() else value.strip()
+        short = value.strip()
+        value = int(short) if short.isdecimal() and len(short) < len(str(MOST)) else short
     taken = (str, Path) if kind is Path else (int, str) if setting.text else (kind,)
     if type(value) not in taken and not (kind is Path and isinstance(value, Path)):
         more = ", or a list of texts" if setting.many else ""
         raise DiffScalerError(f"{setting.name} must be {_KINDS[kind]}{more}, got {shown(value)}")
     if kind in (str, Path) and not str(value).strip():
         raise DiffScalerError(f"{setting.name} is empty; leave it out for the default")
+    if kind in (str, Path) and "\0" in str(value):
+        raise DiffScalerError(f"{setting.name} must not hold a NUL, got {shown(str(value))}")
     check_choice(setting, value)
     if setting.name in TrainingConfig.__dataclass_fields__:
         alone = {"batch": value} if setting.name == "accumulate" else {}  # it must divide that
@@ -75,7 +96,7 @@ def checked(setting: Setting, value: Any) -> Any:
     least = {"size": 1, "crops": 0}.get(setting.name)
     if least is not None and value < least:
         raise DiffScalerError(f"{setting.name} must be at least {least}, got {value}")
-    return Path(value).expanduser() if kind is Path else value
+    return expanded(value) if kind is Path else value
 
 
 def dump(config: TrainingConfig, settings: RunSettings | None = None, **facts: Any) -> str:
@@ -114,9 +135,16 @@ class _File:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            raw = path.read_bytes()[: MAX_BYTES + 1]
-        except IsADirectoryError:
-            raise DiffScalerError(f"{str(path)!r} is a folder, not a configuration file") from None
+            if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for ever
+                raise DiffScalerError(
+                    f"{str(path)!r} is a folder or a device, not a configuration file"
+                )
+            with path.open("rb") as file:
+                raw = file.read(MAX_BYTES + 1)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise DiffScalerError(f"could not read {str(path)!r}: {reason_of(error)}") from error
         if len(raw) > MAX_BYTES:
             raise DiffScalerError(f"{path.name} has over {MAX_BYTES} bytes: no configuration has")
         try:
@@ -146,7 +174,7 @@ class _File:
             parsed: dict[str, Any] = toml.loads(self.text.replace("\r\n", "\n"))
         except ValueError as error:  # TOMLDecodeError
             found = re.search(r"^(.*) \(at line (\d+), column (\d+)\)$", str(error))
-            said = f" line {found[2]}: {found[1]}" if found else f": {error}"
+            said = f" line {found[2]}: {found[1]}" if found else f": {reason_of(error)}"
             raise DiffScalerError(f"{self.path.name}{said}; see docs/training.md") from None
         except RecursionError:
             raise DiffScalerError(f"{self.path.name} is nested too deeply") from None

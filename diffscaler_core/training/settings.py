@@ -236,8 +236,8 @@ def settings_of(values: Mapping[str, Any]) -> RunSettings:
     _refuse_doubles(tasks)
     if _among_pictures(folder, named):
         raise DiffScalerError(
-            f"the run's folder {str(folder)!r} lies among the pictures, where its samples would be "
-            f"trained on; give another folder"
+            f"the run's folder {shown(str(folder))} lies among the pictures, where its samples "
+            f"would be trained on; give another folder"
         )
     if values.get("buckets") and any(task.prior for task in tasks):
         raise DiffScalerError("prior pictures and the task's must have one shape: without buckets")
@@ -258,7 +258,9 @@ def _named(entry: Mapping[str, Any]) -> dict[str, Any]:
     if out is not None and out.suffix != ".safetensors":
         raise TaskFileError(f"out {shown(out.name)} must end in .safetensors")
     if "data" not in entry:
-        raise DiffScalerError(f"task {entry.get('name', '')!r} names no data, a folder of pictures")
+        raise DiffScalerError(
+            f"task {shown(entry.get('name', ''))} names no data, a folder of pictures"
+        )
     source = Path(str(entry["data"]).removeprefix("datasets:")).resolve()
     name = entry.get("name") or (out.stem if out else source.stem) or "task"
     return {**entry, "name": name}
@@ -306,7 +308,7 @@ def _refuse_doubles(tasks: tuple[TaskSettings, ...]) -> None:
         for task, one in zip(tasks, own, strict=True):
             if own.count(one) > 1:
                 raise DiffScalerError(
-                    f"two tasks have the {what} {str(getattr(task, what))!r} (or nearly)"
+                    f"two tasks have the {what} {shown(str(getattr(task, what)))} (or nearly)"
                 )
 
 
@@ -314,8 +316,8 @@ def _task(entry: dict[str, Any], folder: Path) -> TaskSettings:
     out = entry.get("out") or folder / f"{plain(entry['name'])}.safetensors"
     if "control_from" in entry and not ("control" in entry or "start" in entry):
         raise DiffScalerError(
-            f"control_from {entry['control_from']!r} says where control pictures come from; say "
-            f'also what they show, such as control = "edges"'
+            f"control_from {shown(entry['control_from'])} says where control pictures come from; "
+            f'say also what they show, such as control = "edges"'
         )
     return TaskSettings(**{**entry, "out": out})
 

@@ -27,7 +27,7 @@ from ...errors import DiffScalerError
 logger = logging.getLogger(__name__)
 
 #: Of what is cached and how; another number finds none of the old files.
-VERSION = 1
+VERSION = 2
 _MARK = "diffscaler.cache"
 _SAMPLES = 256
 _SUMMED = 2 << 30
@@ -125,7 +125,7 @@ class Cache:
             marks = header["__metadata__"]
             if marks[_MARK] != f"{VERSION} {key}":
                 return None
-            if int(marks["crc32"]) != zlib.crc32(data[8 + length :]):
+            if marks["crc32"] != _sum_of(header, data[8 + length :]):
                 return None
             return load_tensors(data)
         # A foreign file may be anything at all.
@@ -141,8 +141,9 @@ class Cache:
             return False
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         plain = save_tensors(held)
-        body = plain[8 + int.from_bytes(plain[:8], "little") :]
-        marks = {_MARK: f"{VERSION} {key}", "crc32": str(zlib.crc32(body))}
+        start = 8 + int.from_bytes(plain[:8], "little")
+        total = _sum_of(json.loads(plain[8:start]), plain[start:])
+        marks = {_MARK: f"{VERSION} {key}", "crc32": total}
         try:
             write_whole(self.path(key), save_tensors(held, marks))
         except OSError as error:
@@ -153,6 +154,12 @@ class Cache:
                 error.strerror or error,
             )
         return self._writable
+
+
+def _sum_of(header: Mapping[str, Any], body: bytes) -> str:
+    """Returns a checksum of tensors and of what the header says of them: dtype, shape, place."""
+    told = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    return str(zlib.crc32(json.dumps(told, sort_keys=True).encode(), zlib.crc32(body)))
 
 
 class StoredLatents:
@@ -189,7 +196,7 @@ class StoredLatents:
         if isinstance(entry, Tensor):
             return entry
         found = self.cache.get(entry)
-        if found is None or found["x0"].shape != self.shape[2:]:
+        if found is None or "x0" not in found or found["x0"].shape != self.shape[2:]:
             path = self.cache.path(entry)
             raise DiffScalerError(
                 f"the cached latents {path.name!r} in {str(self.cache.folder)!r} are gone or "

@@ -176,6 +176,11 @@ class _Run:
         views = [list(view) for view in zip(*entries, strict=True)]
         flat = [entry for view in views for entry in view]
         tensors = [entry for entry in flat if isinstance(entry, Tensor)]
+        if len({tensor.shape for tensor in tensors}) > 1:
+            raise DiffScalerError(
+                "the encoded pictures have different shapes"
+                + (f"; delete the cache {str(self.mill.cache.folder)!r}" if self.mill.cache else "")
+            )
         if len(tensors) == len(flat):
             together: Tensor = torch.stack(tensors)
             return together.view(len(views), -1, *together.shape[1:])
