@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .attach import Attachment, Weight, attach, mix_of
 from .errors import DiffScalerError
 from .matching import QKV, has_fused_qkv
+from .pipeline_caches import forget_steps, leaves_rows_out
 from .pipeline_call import Call, spread
 from .pipeline_regions import RegionRequest, layout_for
 from .pipeline_rows import RowRequest, mixes_of, times, with_controls
@@ -204,6 +205,7 @@ class ModelState:
         if self.regions is not None and not self.regions.masks.keys() & self.tasks.keys():
             self.regions = None
         self._look_anew()
+        forget_steps(self.model)
         if self.attachment is not None:
             with self.attachment.together():
                 self.attachment.set_weights(self._wanted() if self.enabled else {})
@@ -306,9 +308,11 @@ class ModelState:
         if situation == self._situation:
             return
         self._situation = None
+        forget_steps(self.model)
         masks = self._masks(call)
         controls = {n: requests[n].control(call, masks.get(n)) for n in own if own[n] is not None}
         pictures = {n: control for n, control in controls.items() if control is not None}
+        self._check_rows_stay(pictures, masks)
         with self.attachment.together():
             if self.rows is None:
                 acting = with_controls(self._wanted(), requests, controls)
@@ -320,6 +324,17 @@ class ModelState:
             self.attachment.set_controls(pictures)
             self._gate(masks, layout_for(call) if masks else None)
         self._situation = situation
+
+    def _check_rows_stay(self, pictures: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
+        """Raises if rows differ and a cache takes some of them out of the batch."""
+        differ = self.rows is not None or any(len(mask) > 1 for mask in masks.values())
+        differ = differ or any(len(p.latents) > 1 or p.is_gated for p in pictures.values())
+        if differ and leaves_rows_out(self.model):
+            raise DiffScalerError(
+                f"FasterCache leaves the unconditional half of the batch out of this "
+                f"{type(self.model).__name__}, so rows with tasks, masks or pictures of their own "
+                f"cannot be told apart: call disable_cache(), or give all rows the same"
+            )
 
     def _factors(self, call: Call) -> dict[str, Factors]:
         """Returns what the schedules multiply strengths by in a call."""

@@ -27,6 +27,8 @@ PRESETS: dict[str, str | None] = {
     "mlp": rf"(^|\.){_MLP}(\.|$)|^proj_out$",
     "all": None,
 }
+#: What diffusers adds to a model for an IP-Adapter.
+_IP_ADAPTER = re.compile(r"\.processor\.|^encoder_hid_proj\.image_projection_layers\.")
 #: Modules whose repeated children are blocks although they are no lists.
 _SINGLE_BLOCKS = ("mid_block", "middle_block")
 
@@ -113,11 +115,12 @@ def all_targets(model: nn.Module) -> Iterator[Target]:
 
     PEFT wraps a layer into one with `base_layer`; then the wrapped layer is the target, under the
     name it had before, and PEFT's own small layers are none. Inside `nn.MultiheadAttention` the
-    weights are used without calling the layers, so those are none either.
+    weights are used without calling the layers, so those are none either. Nor are an IP-Adapter's
+    own: they come and go with it.
     """
     hidden: list[str] = []
     for path, module in model.named_modules():
-        if not path or path.startswith(tuple(hidden)):
+        if not path or path.startswith(tuple(hidden)) or _IP_ADAPTER.search(path):
             continue
         if isinstance(getattr(module, "base_layer", None), nn.Module):
             target = as_target(path, base_layer(module))

@@ -22,12 +22,15 @@ from ..diffscaler_core import DiffScalerError, TaskAdapter
 from ..diffscaler_core.control import Control
 from .call_regions import CallRegions
 from .carrier import Carrier, is_running
+from .context_window import check_window
 from .control_checks import check_vae, control_kind
 from .control_conds import PREFIX, ControlPicture, ControlRows, placed_conds
 from .entries import Entry, factors_of, weights_at
 from .region_mask import RegionMask
-from .row_conds import ROUTE, Route, placed_rows
+from .row_conds import ROUTE, Route, placed_rows, tasks_at
+from .step_caches import follow_rows, follow_step
 from .task_memory import account, patcher_of
+from .weights_alone import refuse_weights_alone
 
 KEY = "diffscaler"
 #: Combinations of tasks kept ready per model object.
@@ -166,6 +169,9 @@ def _applied(
     clone = model.clone()
     if not clone.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
         clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _WRAPPER)
+        # before anybody who may leave a step out
+        steps = clone.wrappers.get(WrappersMP.PREDICT_NOISE, {})
+        clone.wrappers[WrappersMP.PREDICT_NOISE] = {KEY: [_STEP], **steps}
     if (entry.control or entry.rides_on_rows) and not clone.get_wrappers(
         WrappersMP.OUTER_SAMPLE, KEY
     ):
@@ -175,6 +181,7 @@ def _applied(
     others = clone.get_additional_models_with_key(KEY)
     if not any(patcher.is_clone(other) for other in others):
         clone.set_additional_models(KEY, [*others, patcher.clone()])
+    refuse_weights_alone(clone, KEY, lambda one: [entry.task.name for entry in tasks_on(one)])
     return clone
 
 
@@ -218,6 +225,8 @@ class _Wrapper:
         x, sigma = args[0], args[1]
         factors = factors_of(entries, routes, controls)
         weights = weights_at(entries, model.model_sampling, sigma, factors)
+        follow_rows(options, weights)
+        check_window(options.get("context_window"), entries, controls, args[0].ndim)
         if not weights.any():
             return executor(*args, **kwargs)
         # without a control its task is not there at all: others' sums round as they do alone
@@ -274,7 +283,28 @@ class _Placer:
                     carrier.set_regions(None)
 
 
+class _Step:
+    """Tells what may leave whole steps out which tasks run in this one."""
+
+    def to(self, *args: object, **kwargs: object) -> _Step:
+        """Does nothing, as `_Wrapper.to`."""
+        return self
+
+    def __call__(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
+        """Called by ComfyUI in place of `predict_noise(x, sigma, model_options, …)` of a guider."""
+        guider, sigma, options = executor.class_obj, args[1], args[2]["transformer_options"]
+
+        def strengths() -> object:
+            sampling = guider.inner_model.model_sampling
+            weights = weights_at(options.get(KEY, ()), sampling, sigma, None)
+            return weights.tolist(), tasks_at(guider.conds, sigma)
+
+        follow_step(options, strengths)
+        return executor(*args, **kwargs)
+
+
 _WRAPPER = _Wrapper()
+_STEP = _Step()
 _PLACER = _Placer()
 
 

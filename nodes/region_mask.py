@@ -32,6 +32,11 @@ class RegionMask:
         self._mask = mask.detach().float().clamp(0, 1).reshape(-1, 1, *mask.shape[-2:])
         self._at: dict[tuple[int, int], Tensor] = {}
 
+    @property
+    def count(self) -> int:
+        """How many masks there are: 1 for all latents, or one for each."""
+        return len(self._mask)
+
     def check(self, batch: int) -> None:
         """Says whether there is one mask for all latents, or one for each.
 

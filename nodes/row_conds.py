@@ -17,7 +17,7 @@ from comfy.conds import CONDRegular
 from torch import Tensor
 
 from ..diffscaler_core import DiffScalerError, TaskAdapter
-from .control_conds import conds_of, place_for
+from .control_conds import PREFIX, conds_of, place_for
 
 logger = logging.getLogger(__name__)
 
@@ -253,3 +253,20 @@ def _warn_without_tasks(routes: Iterable[Route]) -> None:
 def _named(routes: Iterable[Route]) -> str:
     names = dict.fromkeys(repr(task.name) for task, _ in routes)
     return f"the task{'s' if len(names) > 1 else ''} {', '.join(names)}"
+
+
+def tasks_at(conds: Mapping[str, Sequence[Any]], sigma: Tensor) -> tuple[bool, ...]:
+    """Returns which conditionings act at a noise level, of those with a range that carry tasks.
+
+    Args:
+        conds: Kind ("positive", …) -> conditionings, as a guider holds them while it samples.
+        sigma: The noise level, (B,).
+    """
+    found = []
+    for cond in (cond for own in conds.values() for cond in own or ()):
+        first, last = cond.get("timestep_start"), cond.get("timestep_end")
+        is_ours = any(name == ROUTE or name.startswith(PREFIX) for name in conds_of(cond))
+        if is_ours and (first is not None or last is not None):
+            now = float(sigma.flatten()[0])
+            found.append((first is None or now <= first) and (last is None or now >= last))
+    return tuple(bool(acts) for acts in found)
