@@ -82,7 +82,7 @@ def test_the_component_is_the_tasks_only_one_or_the_models_kind(
     low = new_task(part, keymap.diffusers_model(sd3), component="transformer_2")
     assert len(keymap.native_layers(low, sd3)) > 0
     text = message(part, lambda: keymap.native_layers(low, sd3, "transformer"))
-    assert "it adapts transformer_2, this is a transformer" in text
+    assert "it adapts transformer_2, this is a 'transformer'" in text
     both = low.replace(layers={**low.layers, "transformer.transformer_blocks.0.ff.net.2": {}})
     assert list(keymap.native_layers(both, sd3)) == [
         "diffusion_model.joint_blocks.0.x_block.mlp.fc2"

@@ -107,12 +107,20 @@ def test_a_checkpoint_that_is_read_can_be_deleted_and_cut(tmp_path):
     apart(work)
 
 
-def test_comfyui_keeps_the_task_that_it_loaded(pack, comfy_base, tmp_path):
+@pytest.fixture
+def task_folder(pack, monkeypatch, tmp_path):
+    """A folder that ComfyUI finds tasks in, for as long as the test lasts."""
     import folder_paths
 
     pack.nodes.folders.register_folder()
-    folder_paths.add_model_folder_path("diffscaler", str(tmp_path))
-    path = save_task(numbered(3, 4096), tmp_path / "changes.safetensors")
+    paths, endings = folder_paths.folder_names_and_paths["diffscaler"]
+    known = ([str(tmp_path), *paths], endings)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffscaler", known)
+    return tmp_path
+
+
+def test_comfyui_keeps_the_task_that_it_loaded(pack, task_folder):
+    path = save_task(numbered(3, 4096), task_folder / "changes.safetensors")
     node = pack.nodes.load_task.DiffScalerLoadTask
 
     def work() -> None:
@@ -123,12 +131,8 @@ def test_comfyui_keeps_the_task_that_it_loaded(pack, comfy_base, tmp_path):
     apart(work)
 
 
-def test_comfyui_sees_a_change_under_a_clock_that_was_set_back(pack, tmp_path):
-    import folder_paths
-
-    pack.nodes.folders.register_folder()
-    folder_paths.add_model_folder_path("diffscaler", str(tmp_path))
-    path = save_task(numbered(3), tmp_path / "clock.safetensors")
+def test_comfyui_sees_a_change_under_a_clock_that_was_set_back(pack, task_folder):
+    path = save_task(numbered(3), task_folder / "clock.safetensors")
     os.utime(path, (4_000_000_000, 4_000_000_000))  # long after now
     stamp = pack.nodes.load_task.DiffScalerLoadTask.fingerprint_inputs
     before = stamp("clock.safetensors")
