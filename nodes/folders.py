@@ -19,9 +19,7 @@ def register_folder() -> None:
     Entries that extra_model_paths.yaml made under the same name stay in front.
     """
     models = os.path.join(folder_paths.models_dir, FOLDER)
-    with contextlib.suppress(
-        OSError
-    ):  # a read-only model store is fine, it only has no place to put files
+    with contextlib.suppress(OSError):  # a read-only model store only has no place to put files
         os.makedirs(models, exist_ok=True)
     for path in (models, os.path.join(folder_paths.get_output_directory(), FOLDER)):
         folder_paths.add_model_folder_path(FOLDER, path)
