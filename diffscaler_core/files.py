@@ -117,9 +117,8 @@ def _loaded(path: Path) -> TaskAdapter:
     """
     header = read_header(path)
     config = _read_config(path.name, header)
-    metadata = header.pop("__metadata__")
     try:
-        tensors = read_tensors(path, Header(header, metadata))
+        tensors = read_tensors(path, header)
     except ChangedError:
         raise
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
@@ -127,7 +126,7 @@ def _loaded(path: Path) -> TaskAdapter:
             f"{path.name!r} is broken: {reason_of(error)}; download it again"
         ) from error
     check_finite(path.name, tensors)
-    return _build(tensors, config, metadata)
+    return _build(tensors, config, header.metadata)
 
 
 def task_from_tensors(tensors: Mapping[str, Any], label: str) -> TaskAdapter:
@@ -159,11 +158,11 @@ def read_info(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     header = read_header(path)
     config = _read_config(path.name, header)
-    layered = [n for n in header if n.partition(".")[0] in COMPONENTS]
-    count = sum(math.prod(header[n]["shape"]) for n in layered)
+    layered = [n for n in header.entries if n.partition(".")[0] in COMPONENTS]
+    count = sum(math.prod(header.entries[n]["shape"]) for n in layered)
     return {
         **config,
-        "modelspec": _modelspec(header["__metadata__"]),
+        "modelspec": _modelspec(header.metadata),
         "layers": len({n.rpartition(".")[0] for n in layered}),
         "parameters": count,
         "bytes": path.stat().st_size,
@@ -182,31 +181,30 @@ def outline_task(path: str | Path) -> TaskAdapter:
     config = _read_config(path.name, header)
     hollow = {
         name: torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="meta")
-        for name, entry in header.items()
-        if name != "__metadata__"
+        for name, entry in header.entries.items()
     }
-    return _build(hollow, config, header["__metadata__"])
+    return _build(hollow, config, header.metadata)
 
 
-def read_header(path: str | Path) -> dict[str, Any]:
-    """Returns a safetensors header as a dict, read with bounded memory.
+def read_header(path: str | Path) -> Header:
+    """Returns a task file's header, read with bounded memory.
 
     Raises:
         TaskFileError: Not safetensors, cut short, or a header no task has.
     """
     path = Path(path)
-    entries, metadata = read_any_header(path)
-    if "diffscaler.format" not in metadata:
+    header = read_any_header(path)
+    if "diffscaler.format" not in header.metadata:
         raise TaskFileError(
             f"{path.name!r} is no DiffScaler task (no 'diffscaler.format' in its header); "
             f"a LoRA file becomes one by import_lora(path), or by: diffscaler convert "
             f"{path.name} task.safetensors"
         )
-    return {**entries, "__metadata__": metadata}
+    return header
 
 
-def _read_config(file: str, header: Mapping[str, Any]) -> dict[str, Any]:
-    metadata = header["__metadata__"]
+def _read_config(file: str, header: Header) -> dict[str, Any]:
+    entries, metadata = header
     version = metadata["diffscaler.format"]
     if version != FORMAT:
         raise TaskFileError(
@@ -217,7 +215,6 @@ def _read_config(file: str, header: Mapping[str, Any]) -> dict[str, Any]:
     if len(raw) > MAX_CONFIG:
         raise TaskFileError(f"{file!r} has a config of {len(raw)} characters; no task has that")
     config = parse_json(file, "config", raw)
-    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
     check_entries(file, entries)
     shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
     check_layers(file, shapes)

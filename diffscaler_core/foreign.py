@@ -11,10 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .families import FAMILIES, Family
-from .header import MAX_ANY_HEADER, Header, read_any_header
-
-#: Other tools keep whole tag tables in the header; a real one is below 8 MiB.
-MAX_HEADER, MAX_ITEMS = MAX_ANY_HEADER, 2**20
+from .header import MAX_ANY_HEADER, MAX_ANY_ITEMS, Header, read_any_header
 
 
 @dataclass(frozen=True)
@@ -179,7 +176,7 @@ def read_foreign_header(path: str | Path) -> Header:
         TaskFileError: Not safetensors, or cut short.
         FileNotFoundError: No such file.
     """
-    return read_any_header(Path(path), MAX_HEADER, MAX_ITEMS)
+    return read_any_header(Path(path), MAX_ANY_HEADER, MAX_ANY_ITEMS)
 
 
 def file_facts(path: str | Path) -> FileFacts:

@@ -15,7 +15,8 @@ from .errors import TaskFileError, first_names, reason_of, shown
 
 MAX_HEADER = 4 * 2**20  # bytes; a real header of 1,000 layers is 0.4 MiB
 MAX_ITEMS = 2**18  # JSON values in a header; a real one has about 10 a tensor
-MAX_ANY_HEADER = 16 * 2**20  # bytes, of other tools' files, which may hold whole tag tables
+#: The same of other tools' files, which may hold whole tag tables; a real one is below 8 MiB.
+MAX_ANY_HEADER, MAX_ANY_ITEMS = 16 * 2**20, 2**20
 _MOST_DIMENSIONS, _MOST_NUMBERS = 64, 2**56  # of a tensor, whose bytes torch counts in 63 bits
 _MOST_DIGITS = 21  # of a whole number: every 64-bit one has fewer
 _HALVES = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")

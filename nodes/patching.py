@@ -206,12 +206,16 @@ def tasks_on(model: ModelPatcher) -> tuple[Entry, ...]:
     return tuple(model.model_options.get("transformer_options", {}).get(KEY, ()))
 
 
-class _Wrapper:
-    """Runs one model call with its tasks."""
+class _Stays:
+    """What ComfyUI keeps among a model's wrappers."""
 
-    def to(self, *args: object, **kwargs: object) -> _Wrapper:
+    def to(self, *args: object, **kwargs: object) -> _Stays:
         """Does nothing: ComfyUI offers devices and dtypes, even float8, to whatever has `to`."""
         return self
+
+
+class _Wrapper(_Stays):
+    """Runs one model call with its tasks."""
 
     def __call__(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
         """Called by ComfyUI in place of `apply_model(x, t, …, transformer_options, **conds)`."""
@@ -252,12 +256,8 @@ class _Wrapper:
             return executor(*args, **kwargs)
 
 
-class _Placer:
+class _Placer(_Stays):
     """Lays out what rides on conditionings at the size that is sampled, before anything loads."""
-
-    def to(self, *args: object, **kwargs: object) -> _Placer:
-        """Does nothing, as `_Wrapper.to`."""
-        return self
 
     def __call__(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
         """Called by ComfyUI in place of `outer_sample(noise, …, latent_shapes)` of a guider."""
@@ -283,12 +283,8 @@ class _Placer:
                     carrier.set_regions(None)
 
 
-class _Step:
+class _Step(_Stays):
     """Tells what may leave whole steps out which tasks run in this one."""
-
-    def to(self, *args: object, **kwargs: object) -> _Step:
-        """Does nothing, as `_Wrapper.to`."""
-        return self
 
     def __call__(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
         """Called by ComfyUI in place of `predict_noise(x, sigma, model_options, …)` of a guider."""

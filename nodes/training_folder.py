@@ -11,12 +11,12 @@ from typing import Any
 import folder_paths
 from torch import Tensor
 
+from ..diffscaler_core.file_names import harmless
 from ..diffscaler_core.training.conditioning import Prompts
 from ..diffscaler_core.training.config import TrainingConfig
 from ..diffscaler_core.training.data.batches import TrainingData
 from ..diffscaler_core.training.facts import plain_settings
 from ..diffscaler_core.training.run_folder import RunFolder
-from ..diffscaler_core.training.settings import plain
 from .training import base_key
 
 #: Settings that do not change what is learned: with others a run goes on in its folder.
@@ -49,7 +49,7 @@ def run_folder(
         *([_digest(start.extras)] if start is not None and start.is_control else ()),
     ]
     ending = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
-    name = f"{plain(config.name)}-{ending}"
+    name = f"{harmless(config.name)}-{ending}"
     root = os.path.join(folder_paths.get_output_directory(), "diffscaler", "runs")
     return RunFolder(os.path.join(root, name)), f"diffscaler/runs/{name}"
 

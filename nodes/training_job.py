@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ..diffscaler_core import DiffScalerError, TaskAdapter, save_task
 from ..diffscaler_core.auto_rank import AUTO
+from ..diffscaler_core.file_names import harmless
 from ..diffscaler_core.training.conditioning import NULL, Prompts, prompts_for
 from ..diffscaler_core.training.config import TrainingConfig
 from ..diffscaler_core.training.data.batches import TrainingData, with_one_table
 from ..diffscaler_core.training.denoiser import Denoiser
 from ..diffscaler_core.training.loop import train_task
-from ..diffscaler_core.training.settings import plain
 from .conditions import Row, empty_like, encoded, facts_of, prompts_of, repeats_tokens, rows_of
 from .noise import noise_of
 from .training import denoiser_of
@@ -103,7 +103,7 @@ def _train(inputs: Inputs, node: str | None) -> Outcome:
             folder.path,
         )
         raise
-    save_task(task, folder.path / f"{plain(config.name)}.safetensors")
+    save_task(task, folder.path / f"{harmless(config.name)}.safetensors")
     facts = dict(task.info.get("training") or {})
     return task, losses_of(folder), pictures_of(folder), summary_of(folder, shown, facts)
 

@@ -9,20 +9,13 @@ The nodes are those of `tests/comfy/beside.py`, which are tested one by one; the
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import importlib
-import io
-import os
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
 
-import pytest
 from beside_table import COMFYUI, DIFFUSERS, RIGHT, Row
+from tested_pages import ROOT, items_of, main
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "compatibility_nodes.md"
 _TEST = "tests/comfy/test_beside_other_nodes.py::"
 
@@ -67,28 +60,6 @@ def nodes() -> list[Row]:
     return rows
 
 
-class Collector:
-    """A pytest plugin that keeps the names of what was collected."""
-
-    def __init__(self) -> None:
-        self.names: set[str] = set()
-
-    def pytest_collection_finish(self, session: Any) -> None:
-        """Called by pytest when all tests are known."""
-        self.names = {item.nodeid for item in session.items}
-
-
-def collect(rows: Iterable[Row]) -> set[str]:
-    """Returns the names of all tests there are in the files that rows name."""
-    plugin, said = Collector(), io.StringIO()
-    files = sorted({test.partition("::")[0] for row in rows for test in row.tests})
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        code = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *files], [plugin])
-    if code:
-        raise SystemExit(f"make_beside: pytest could not collect:\n{said.getvalue()[-2000:]}")
-    return plugin.names
-
-
 def check(rows: Iterable[Row], names: set[str]) -> None:
     """Says whether every test exists.
 
@@ -125,24 +96,13 @@ def page(names: set[str] | None = None) -> str:
     """
     own = nodes()
     everything = [*own, *COMFYUI, *DIFFUSERS]
-    check(everything, collect(everything) if names is None else names)
+    if names is None:
+        names = {item.nodeid for item in items_of(t for row in everything for t in row.tests)}
+    check(everything, names)
     parts = [HEAD, "## In ComfyUI\n", *table([*own, *COMFYUI], "beside")]
     parts += ["", "## In diffusers\n", *table(DIFFUSERS, "beside")]
     return "\n".join(parts) + "\n"
 
 
-def main() -> None:
-    """Writes the page, or compares it."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if stale")
-    only_check = parser.parse_args().check
-    os.chdir(ROOT)
-    text = page()
-    if not only_check:
-        PAGE.write_text(text, encoding="utf-8")
-    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-        sys.exit("make_beside: docs/compatibility_nodes.md is stale; run scripts/make_beside.py")
-
-
 if __name__ == "__main__":
-    main()
+    main(PAGE, page, str(__doc__))

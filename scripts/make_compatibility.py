@@ -9,21 +9,14 @@ for which of them each test of `compatibility_table.py` exists; that they pass i
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import inspect
-import io
-import os
 import runpy
-import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-import pytest
 from compatibility_table import ALIASES, COMFYUI, DIFFUSERS, KINDS, TITLES, Column, Kind
+from tested_pages import ROOT, items_of, main
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "compatibility.md"
 YES, REFUSED, UNTESTED = "✓", "no", "·"
 
@@ -49,34 +42,10 @@ Architectures that only diffusers has (DiT, Sana, unconditional U-Nets) are not 
 """
 
 
-class Collector:
-    """A pytest plugin that keeps what was collected."""
-
-    def __init__(self) -> None:
-        self.items: list[Any] = []
-
-    def pytest_collection_finish(self, session: Any) -> None:
-        """Called by pytest when all tests are known."""
-        self.items = list(session.items)
-
-
 def tests_of_the_table() -> list[str]:
     """Returns every test that the table names, `file::function`."""
     columns = [test for c in (*DIFFUSERS, *COMFYUI) for test in (*c.tests, c.refused) if test]
     return list(dict.fromkeys([*columns, *(t for k in KINDS for t in (*k.diffusers, *k.comfyui))]))
-
-
-def collect() -> Collected:
-    """Asks pytest for the tests of the table."""
-    plugin, said = Collector(), io.StringIO()
-    files = sorted({str(ROOT / test.partition("::")[0]) for test in tests_of_the_table()})
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        code = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *files], [plugin])
-    if code:
-        raise SystemExit(
-            f"make_compatibility: pytest could not collect:\n{said.getvalue()[-2000:]}"
-        )
-    return named(plugin.items)
 
 
 def named(items: Iterable[Any]) -> Collected:
@@ -196,20 +165,5 @@ def page(found: Collected) -> str:
     return "\n".join(parts) + "\n"
 
 
-def main() -> None:
-    """Writes the page, or compares it."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if stale")
-    check = parser.parse_args().check
-    os.chdir(ROOT)
-    text = page(collect())
-    if not check:
-        PAGE.write_text(text, encoding="utf-8")
-    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-        sys.exit(
-            "make_compatibility: docs/compatibility.md is stale; run scripts/make_compatibility.py"
-        )
-
-
 if __name__ == "__main__":
-    main()
+    main(PAGE, lambda: page(named(items_of(tests_of_the_table()))), str(__doc__))

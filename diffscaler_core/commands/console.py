@@ -38,13 +38,30 @@ def check_out(path: Path) -> None:
     Raises:
         TaskFileError: It does not end in .safetensors, is a folder, or lies below a file.
     """
-    if path.suffix != ".safetensors":
-        raise TaskFileError(f"{path.name!r} must end in .safetensors")
+    from ..files import safetensors_path
+
+    safetensors_path(path)
     if path.is_dir():
         raise TaskFileError(f"{str(path)!r} is a folder; name a file in it")
-    above = next((folder for folder in path.absolute().parents if folder.exists()), path)
+    above = _there(path.parent)
     if not above.is_dir():
         raise TaskFileError(f"{str(path)!r} cannot be written: {above.name!r} is no folder")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a folder that could not be made, before any work is done.
+
+    Raises:
+        DiffScalerError: It is, or lies below, a file.
+    """
+    above = _there(folder)
+    if not above.is_dir():
+        raise DiffScalerError(f"no folder {str(folder)!r} can be made: {above.name!r} is a file")
+
+
+def _there(path: Path) -> Path:
+    """Returns the path itself, or the nearest one above it that exists."""
+    return next(one for one in (path, *path.absolute().parents) if one.exists())
 
 
 def check_device(name: str) -> None:

@@ -16,7 +16,7 @@ from ..evaluation.report import COLUMNS
 from ..files import load_task
 from ..task import TaskAdapter
 from ..training.bases.load import default_words, load_base
-from .console import AsJson, check_device, err, out, say, say_json
+from .console import AsJson, check_device, check_folder, err, out, say, say_json
 
 _DEFAULTS = EvaluationSettings()
 EXAMPLES = {
@@ -84,7 +84,7 @@ def evaluate(
     tasks = _tasks(task)
     places = _references(reference, tasks)
     check_device(device)
-    _check_folder(folder)
+    check_folder(folder)
     where = "cpu" if device == "auto" else device
     named = None if features is None else load_features(features, where)
     own = words or default_words(base)
@@ -191,13 +191,6 @@ def _named(text: str) -> tuple[str | None, str]:
 def _own_features(base: str) -> str:
     beside = Path(base).expanduser() / "features.safetensors"
     return str(beside) if beside.is_file() else "inception"
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuses a folder that could not be made, before an hour's work."""
-    above = next(one for one in (folder, *folder.absolute().parents) if one.exists())
-    if not above.is_dir():
-        raise DiffScalerError(f"no folder {str(folder)!r} can be made: {above.name!r} is a file")
 
 
 def _listed(text: str | None) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -55,8 +54,7 @@ class LoraFile:
     """A file being read: its path and header, and what the base's blocks are like."""
 
     path: Path
-    entries: dict[str, dict[str, Any]]
-    metadata: dict[str, str]
+    header: Header
     layers_per_block: int
 
     def placed(self, keys: Mapping[str, Mapping[str, str]]) -> tuple[str, list[Layer]]:
@@ -81,7 +79,8 @@ class LoraFile:
     def _choice(self, fits: Mapping[str, dict[str, Place]]) -> tuple[str, dict[str, Place]]:
         """Returns the family among those whose names fit, as far as the file tells."""
         hints = [
-            self.metadata.get(k, "") for k in ("modelspec.architecture", "ss_base_model_version")
+            self.header.metadata.get(k, "")
+            for k in ("modelspec.architecture", "ss_base_model_version")
         ]
         hinted = [
             family
@@ -123,7 +122,7 @@ class LoraFile:
         tensors: Mapping[str, Tensor],
     ) -> tuple[dict[str, dict[str, Tensor]], float]:
         """Returns the task's layers and its gain."""
-        scaling = scalings(self.path, self.metadata)
+        scaling = scalings(self.path, self.header.metadata)
         read: list[tuple[Layer, dict[str, Tensor], float]] = []
         for layer in found:
             own = {what: tensors[key] for what, key in layer.keys.items()}
@@ -186,7 +185,7 @@ class LoraFile:
         odd = [
             f"{key} ({dtype})"
             for key in wanted
-            if str(dtype := self.entries[key].get("dtype")) not in _DTYPES
+            if str(dtype := self.header.entries[key].get("dtype")) not in _DTYPES
             and not (key.endswith(".alpha") and str(dtype) in _NUMBERS)
         ]
         if odd:
@@ -195,11 +194,11 @@ class LoraFile:
                 f"without loss, and no others"
             )
         try:
-            tensors = read_tensors(self.path, Header(self.entries, self.metadata), wanted)
+            tensors = read_tensors(self.path, self.header, wanted)
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise TaskFileError(f"{self.path.name!r} is broken: {reason_of(error)}") from error
         tensors = {
-            key: t.to(_DTYPES.get(self.entries[key]["dtype"], torch.float64))
+            key: t.to(_DTYPES.get(self.header.entries[key]["dtype"], torch.float64))
             for key, t in tensors.items()
         }
         check_finite(self.path.name, tensors)
@@ -268,13 +267,15 @@ class LoraFile:
 
     def modelspec(self) -> dict[str, str]:
         """Returns those of the header's ModelSpec entries that are as true of the task."""
-        found = {key: self.metadata.get(f"modelspec.{key}") for key in _MODELSPEC}
+        found = {key: self.header.metadata.get(f"modelspec.{key}") for key in _MODELSPEC}
         return {key: value for key, value in found.items() if value}
 
     def title(self) -> str:
         """Returns what the file calls itself."""
         keys = ("modelspec.title", "ss_output_name")
-        return next((self.metadata[k] for k in keys if self.metadata.get(k)), self.path.stem)
+        return next(
+            (self.header.metadata[k] for k in keys if self.header.metadata.get(k)), self.path.stem
+        )
 
 
 def scaled(tensor: Tensor, scale: float) -> Tensor:

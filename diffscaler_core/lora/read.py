@@ -57,10 +57,10 @@ def import_lora(
         FileNotFoundError: No such file.
     """
     path = Path(path)
-    header, metadata = read_foreign_header(path)
-    if "diffscaler.format" in metadata:
+    header = read_foreign_header(path)
+    if "diffscaler.format" in header.metadata:
         raise TaskFileError(f"{path.name!r} is a DiffScaler task already; load_task reads it")
-    keys, left_out, endings = sort_keys(path.name, header)
+    keys, left_out, endings = sort_keys(path.name, header.entries)
     if left_out and (strict or not keys):
         raise TaskFileError(
             f"{path.name!r} changes the text encoder ({left_out['text encoder']} tensors), which a "
@@ -68,7 +68,7 @@ def import_lora(
         )
     if not keys:
         raise TaskFileError(f"{path.name!r} holds no LoRA layer")
-    file = LoraFile(path, header, metadata, layers_per_block(base))
+    file = LoraFile(path, header, layers_per_block(base))
     tensors = file.tensors(keys)
     keys = file.acting(keys, tensors)
     family, found = file.placed(keys)
@@ -93,7 +93,7 @@ def is_task_file(path: str | Path) -> bool:
         TaskFileError: It is no safetensors file.
         FileNotFoundError: No such file.
     """
-    return "diffscaler.format" in read_foreign_header(Path(path))[1]
+    return "diffscaler.format" in read_foreign_header(Path(path)).metadata
 
 
 def imported_text(task: TaskAdapter) -> str:

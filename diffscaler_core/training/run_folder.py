@@ -28,10 +28,11 @@ from torch import Tensor
 
 from ..atomic import write_whole
 from ..auto_rank import RankChoice
+from ..file_names import harmless
 from .config import TrainingConfig
 from .config_file import dump
 from .progress import History, Progress
-from .settings import RunSettings, plain
+from .settings import RunSettings
 
 logger = logging.getLogger(__name__)
 _SECONDS = 5.0  # between writes of the log
@@ -81,7 +82,7 @@ class RunFolder:
 
     def best_of(self, task: str) -> Path:
         """Returns where the best state of one of several tasks goes."""
-        return self.path / f"{plain(task)}-best.safetensors"
+        return self.path / f"{harmless(task)}-best.safetensors"
 
     def start(self, config: TrainingConfig, facts: Mapping[str, object], resumed_at: int) -> None:
         """Makes the folder, writes config.toml, and cuts the log back to where the run goes on.
@@ -143,7 +144,7 @@ class RunFolder:
 
         if not pictures or not self.main:
             return None
-        name = f"step-{step:06d}" + (f"-{plain(task)}" if task else "")
+        name = f"step-{step:06d}" + (f"-{harmless(task)}" if task else "")
         with self._disk():
             buffer = io.BytesIO()
             grid(pictures, columns).save(buffer, "PNG")
@@ -177,7 +178,7 @@ class RunFolder:
 
             draw_ranks(choice, file, title=task or self.name)
 
-        return self._drawn(f"ranks-{plain(task)}.png" if task else "ranks.png", draw)
+        return self._drawn(f"ranks-{harmless(task)}.png" if task else "ranks.png", draw)
 
     def _drawn(self, name: str, draw: Callable[[io.BytesIO], None]) -> Path | None:
         """Draws into a file of that name; None if that cannot be done here."""

@@ -272,7 +272,7 @@ def _folder(values: Mapping[str, Any], named: list[dict[str, Any]]) -> Path:
         return Path(values["folder"])
     out = named[0].get("out")
     if out is None:
-        return Path("runs") / plain("+".join(str(one["name"]) for one in named))
+        return Path("runs") / harmless("+".join(str(one["name"]) for one in named))
     if len(named) > 1:
         return Path(out).parent / "run"
     beside = Path(out).with_suffix("")
@@ -301,7 +301,7 @@ def expanded(path: str | Path) -> Path:
 
 def _refuse_doubles(tasks: tuple[TaskSettings, ...]) -> None:
     for what, of in (
-        ("name", lambda task: plain(task.name).lower()),
+        ("name", lambda task: harmless(task.name).lower()),
         ("out", lambda task: str(task.out.resolve()).lower()),
     ):
         own = [of(task) for task in tasks]
@@ -313,18 +313,13 @@ def _refuse_doubles(tasks: tuple[TaskSettings, ...]) -> None:
 
 
 def _task(entry: dict[str, Any], folder: Path) -> TaskSettings:
-    out = entry.get("out") or folder / f"{plain(entry['name'])}.safetensors"
+    out = entry.get("out") or folder / f"{harmless(entry['name'])}.safetensors"
     if "control_from" in entry and not ("control" in entry or "start" in entry):
         raise DiffScalerError(
             f"control_from {shown(entry['control_from'])} says where control pictures come from; "
             f'say also what they show, such as control = "edges"'
         )
     return TaskSettings(**{**entry, "out": out})
-
-
-def plain(name: str) -> str:
-    """Returns a name as one harmless part of a path: it can neither leave a folder nor hide."""
-    return harmless(name)
 
 
 def check_choice(setting: Setting, value: object) -> None:

@@ -1,10 +1,15 @@
 """The folder in which a reader follows the pages: what their examples take for granted."""
 
+import importlib
 import io
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +26,41 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def script_module() -> Callable[[str], Any]:
+    """Gives a script as a module; its neighbours are found as the script itself finds them."""
+
+    def load(name: str) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(ROOT / "scripts")
+            return importlib.import_module(name)
+
+    return load
+
+
+@pytest.fixture
+def check_page(request: pytest.FixtureRequest) -> Callable[[Any, Callable[[list[Any]], str]], None]:
+    """Compares a page that a script writes from pytest's items with what it should be."""
+
+    def check(maker: Any, text: Callable[[list[Any]], str]) -> None:
+        name = f"scripts/{maker.__name__}.py"
+        if _is_whole_suite(request.config):  # pytest has collected them all: no need to ask again
+            found = maker.PAGE.read_text(encoding="utf-8")
+            assert text(request.session.items) == found, f"run {name}"
+            return
+        command = [sys.executable, str(ROOT / name), "--check"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    return check
+
+
+def _is_whole_suite(config: pytest.Config) -> bool:
+    option = config.option
+    narrowed = option.keyword or option.markexpr or option.deselect or option.ignore
+    return not narrowed and set(config.args) <= {"tests", str(ROOT / "tests"), str(ROOT)}
 
 
 @pytest.fixture

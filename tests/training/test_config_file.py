@@ -3,9 +3,10 @@ import sys
 import pytest
 
 from diffscaler_core import DiffScalerError
+from diffscaler_core.file_names import harmless
 from diffscaler_core.training.config import TrainingConfig
 from diffscaler_core.training.config_file import dump, read_config
-from diffscaler_core.training.settings import SECTIONS, SETTINGS, TASK_KEYS, plain
+from diffscaler_core.training.settings import SECTIONS, SETTINGS, TASK_KEYS
 
 GIVEN = 'base = "b"\ndata = "pictures/flowers"\n'
 
@@ -178,7 +179,7 @@ def test_every_key_can_be_written_and_is_said_somewhere_sensible():
     "name", ["../../x", "..", "/etc/passwd", "a\\b", ".hidden", "", "a\0b", "é" * 300]
 )
 def test_a_name_is_one_harmless_part_of_a_path(name, tmp_path):
-    path = tmp_path / f"{plain(name)}.safetensors"
+    path = tmp_path / f"{harmless(name)}.safetensors"
     assert path.resolve().parent == tmp_path.resolve()
     assert not path.name.startswith(".")
     path.write_bytes(b"")

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...file_names import harmless
 from ...task import TaskAdapter
 from ..run_folder import RunFolder
-from ..settings import plain
 
 COLUMNS = 4  # of a sheet of samples
 
@@ -68,7 +68,7 @@ def last_samples(
 
 def sample_file(folder: RunFolder, task: str, several: bool) -> Path | None:
     """Returns the newest file of a task's samples, or None."""
-    named = sorted(folder.samples.glob(f"step-*-{_literal(plain(task))}.png"))
+    named = sorted(folder.samples.glob(f"step-*-{_literal(harmless(task))}.png"))
     if not named and not several:
         named = sorted(folder.samples.glob("step-*.png"))
     return named[-1] if named else None
