@@ -28,6 +28,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pocket"))
@@ -66,13 +68,16 @@ class Bench:
         self.unseen = self._pictures(cache, 2, 6 if JOBS[name].learned else 2)
 
     def _pictures(self, cache: Path, seed: int, count: int) -> TrainingData:
-        file = cache / f"{self.name}-{seed}-{count}.pt"
+        file = cache / f"{self.name}-{seed}-{count}.safetensors"
         if not file.is_file():
             seen, _, style = split(self.name)
             data = pictures(self.denoiser, seen, style, count, seed)
             cache.mkdir(parents=True, exist_ok=True)
-            torch.save((data.latents, data.index, data.prompts), file)
-        return TrainingData(*torch.load(file, weights_only=True))
+            tensors = {"latents": data.latents.contiguous(), "index": data.index}
+            save_file(tensors, file, {"prompts": json.dumps(data.prompts)})
+        with safe_open(file, "pt") as kept:
+            prompts = tuple(json.loads(kept.metadata()["prompts"]))
+            return TrainingData(kept.get_tensor("latents"), kept.get_tensor("index"), prompts)
 
     def config(self, steps: int, seed: int, rank: int | str, budget: int) -> TrainingConfig:
         """The settings of `pocket/train_tasks.py`, at batch 16."""

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
@@ -61,15 +62,15 @@ POSITIONS = {"stretched": float(FACTOR), "as they are": 1.0}
 
 def pictures(denoiser: Denoiser, per_word: int, seed: int) -> TrainingData:
     """Returns the base's own words, drawn at 256 px and encoded; kept on the disk."""
-    kept = FOLDER / f"pictures-{per_word}-{seed}.pt"
+    kept = FOLDER / f"pictures-{per_word}-{seed}.safetensors"
     if not kept.exists():
         draw.SIZE = SIDE
         arrays = draw.draw_arrays(BASE_WORDS, "plain", per_word, seed, poses=POSES)
         pixels = torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.no_grad():
             parts = [denoiser.encode(part) for part in pixels.split(16)]  # type: ignore[misc]
-        torch.save(torch.cat(parts), kept)
-    latents = torch.load(kept, weights_only=True)
+        save_file({"latents": torch.cat(parts)}, kept)
+    latents = load_file(kept)["latents"]
     index = torch.arange(len(BASE_WORDS)).repeat_interleave(per_word)
     return TrainingData(latents[None], index, tuple(BASE_WORDS))
 
