@@ -34,7 +34,7 @@ def cells(kind: str = "cells") -> list[Cell]:
 
 def report() -> None:
     """Prints every table there is data for, writes the record and draws the pictures."""
-    done, tuning = cells(), cells("tuning")
+    done, tuning = _better(cells()), cells("tuning")
     incremental = [json.loads(p.read_text()) for p in sorted((WORK / "incremental").glob("*.json"))]
     RECORD.write_text(_compact({"cells": done, "tuning": tuning, "incremental": incremental}))
     for base in BASES:
@@ -49,6 +49,17 @@ def report() -> None:
     if any(one["method"] in ABLATION for one in done):
         print(f"\n### Ablation\n\n{ablation(done)}")
         chart(done)
+
+
+def _better(done: Sequence[Cell]) -> list[Cell]:
+    """Returns the cells, of the ablation's the one with the better rate."""
+    best: dict[tuple[Any, ...], Cell] = {}
+    for one in done:
+        place = tuple(one[key] for key in ("base", "method", "set", "seed"))
+        place += () if one["method"] in ABLATION else (one["rate"],)
+        if place not in best or one["validation"] < best[place]["validation"]:
+            best[place] = one
+    return list(best.values())
 
 
 def _compact(record: Mapping[str, Sequence[Cell]]) -> str:

@@ -47,7 +47,7 @@ class Method:
         vector_rate: Rate of scales and shifts, as a multiple of the subspaces'.
         config: Other settings of the training.
         bases: The bases it runs on.
-        seeds: How many seeds it runs with.
+        seeds: How many seeds it runs with; per base where one asks for fewer.
     """
 
     title: str
@@ -63,7 +63,7 @@ class Method:
     vector_rate: float = 3.0
     config: Mapping[str, Any] = field(default_factory=dict)
     bases: tuple[str, ...] = ("dit", "unet")
-    seeds: int = 3
+    seeds: int | Mapping[str, int] = 3
 
     def training(self, base: str, rate: float, seed: int) -> TrainingConfig:
         """Returns the settings of one run.
@@ -91,6 +91,10 @@ class Method:
         )
         return replace(config, **self.config)
 
+    def seeds_on(self, base: str) -> int:
+        """Returns how many seeds it runs with on a base."""
+        return self.seeds if isinstance(self.seeds, int) else self.seeds[base]
+
     @property
     def _has_subspace(self) -> bool:
         named = self.method in ("diffscaler", "lora")
@@ -111,6 +115,9 @@ class Method:
 
 #: Ranks chosen by the trainer, on all of the blocks' layers, for a hundredth of the base's size.
 AUTO = {"rank": "auto", "rank_budget": "1%"}
+
+#: Of rows that the transformer settles: the U-Net is there to be compared with it.
+FEWER = {"dit": 3, "unet": 1}
 
 METHODS: dict[str, Method] = {
     "full": Method("full fine-tuning", FULL, baseline="full"),
@@ -133,9 +140,15 @@ METHODS: dict[str, Method] = {
         bases=("dit",),
         seeds=1,
     ),
-    "scale_shift": Method("scale + shift, all of the blocks", VECTORS, "scale_shift", inner=False),
-    "difffit": Method("DiffFit", VECTORS, "difffit", inner=False),
-    "bitfit": Method("BitFit", VECTORS, "bitfit", inner=False),
+    "scale_shift": Method(
+        "scale + shift, all of the blocks",
+        VECTORS,
+        "scale_shift",
+        inner=False,
+        seeds=FEWER,
+    ),
+    "difffit": Method("DiffFit", VECTORS, "difffit", inner=False, seeds=FEWER),
+    "bitfit": Method("BitFit", VECTORS, "bitfit", inner=False, seeds=FEWER),
     "peft_lora": Method(
         "LoRA by PEFT, rank 2",
         baseline="peft_lora",
@@ -172,7 +185,7 @@ def _ablation() -> dict[str, Method]:
     affine = {"scale": ("scale",), "shift": ("shift",), "scale_shift": ("scale", "shift")}
     rows = {
         f"only_{name}": Method(
-            " + ".join(parts), VECTORS, "diffscaler", 1, parts=parts, bases=("dit",)
+            " + ".join(parts), (3e-2, 1e-1), "diffscaler", 1, parts=parts, bases=("dit",)
         )
         for name, parts in affine.items()
     }
@@ -183,7 +196,7 @@ def _ablation() -> dict[str, Method]:
         ):
             rows[f"{prefix}_{activation}_{rank}"] = Method(
                 f"{title}, {activation}, rank {rank}",
-                LOW_RANK,
+                (3e-3, 1e-2) if rank == 16 else (1e-2, 3e-2),
                 "diffscaler",
                 rank,
                 parts=parts,
@@ -199,6 +212,6 @@ def _ablation() -> dict[str, Method]:
 
 
 ABLATION: dict[str, Method] = _ablation()
-#: The ablation's sets: a style, and new subjects. Its rates are chosen on the set itself.
+#: The ablation's sets: a style, and new subjects.
 ABLATION_SETS = ("ink", "smileys")
 ROWS: dict[str, Method] = METHODS | ABLATION

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from statistics import fmean
 from typing import Any
 
@@ -32,8 +32,8 @@ SEEDS = (0, 1, 2)
 BASES = ("dit", "unet")
 
 
-def rate_of(base: str, key: str, sets: Sequence[str] = TUNED_ON) -> float:
-    """Returns the rate of RATES with the best mean validation loss over some sets.
+def rate_of(base: str, key: str) -> float:
+    """Returns the rate of RATES with the best mean validation loss over TUNED_ON.
 
     The row's own are tried first, then neighbours of the best, until both sides of it are worse.
     """
@@ -44,7 +44,7 @@ def rate_of(base: str, key: str, sets: Sequence[str] = TUNED_ON) -> float:
         return fmean(
             cell(base, key, name, rate, 0, scored=False)["validation"]
             / cell(base, "base", name, 0, 0, scored=False)["validation"]
-            for name in sets
+            for name in TUNED_ON
         )
 
     tried = {rate: loss(rate) for rate in row.rates}
@@ -69,16 +69,25 @@ def cells(bases: tuple[str, ...]) -> Iterator[tuple[str, str, str, int]]:
     for base, seed in itertools.product(bases, SEEDS):
         for key, name in itertools.product(["base", *METHODS], SETS):
             row = METHODS.get(key)
-            if row is None or (base in row.bases and seed < row.seeds):
+            if row is None or (base in row.bases and seed < row.seeds_on(base)):
                 yield base, key, name, seed
 
 
-def ablation() -> Iterator[tuple[str, str, str, int]]:
-    """Yields (base, row, set, seed) of the ablation."""
-    for seed, base in itertools.product(SEEDS[:2], ("dit", "dit_small")):
-        for key, name in itertools.product(["base", *ABLATION], ABLATION_SETS):
-            if key == "base" or base in ABLATION[key].bases:
-                yield base, key, name, seed
+def ablation() -> Iterator[tuple[str, str, str, float]]:
+    """Yields (base, row, set, rate) of the ablation; the table takes the better of a row's rates.
+
+    Long runs keep the rate that their row was tuned to.
+    """
+    for base, key, name in itertools.product(
+        ("dit", "dit_small"), ["base", *ABLATION], ABLATION_SETS
+    ):
+        if key == "base":
+            yield base, key, name, 0.0
+        elif key.startswith("long_"):
+            if (base, name) == ("dit", ABLATION_SETS[0]):
+                yield base, key, name, rate_of(base, key.removeprefix("long_"))
+        elif base in ABLATION[key].bases:
+            yield from ((base, key, name, rate) for rate in ABLATION[key].rates)
 
 
 def said(done: dict[str, Any], began: float) -> None:
@@ -110,10 +119,9 @@ def main() -> None:
             rate = 0.0 if key == "base" else rate_of(base, key)
             said(cell(base, key, name, rate, seed), began)
     elif args.what == "ablate":
-        for base, key, name, seed in itertools.islice(ablation(), index, None, count):
+        for base, key, name, rate in itertools.islice(ablation(), index, None, count):
             began = time.perf_counter()
-            rate = 0.0 if key == "base" else rate_of(base, key, [name])
-            said(cell(base, key, name, rate, seed), began)
+            said(cell(base, key, name, rate, seed=0), began)
     else:
         for base in bases:
             incremental(base, rate_of(base, "ours_wide"), rate_of(base, "full"))
