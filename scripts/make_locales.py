@@ -8,7 +8,8 @@
     python scripts/make_locales.py --check       writes nothing; says what is wrong
 
 The translations, locales/zh and locales/ja, are written by hand. ComfyUI translates a node's title,
-description, inputs and outputs; what a combo box offers stays as it is, so tooltips that explain
+description, inputs and outputs; the pack's widgets ask for theirs (web/texts.js, under "diffscaler"
+in main.json). What a combo box offers stays as it is, so tooltips that explain
 such a choice name it as it stands there.
 """
 
@@ -28,7 +29,8 @@ import comfy_launch
 
 LOCALES = Path(__file__).resolve().parent.parent / "locales"
 TRANSLATIONS = ("zh", "ja")
-#: Node -> digest of the English that its translations say.
+TEXTS = LOCALES.parent / "web" / "texts.js"
+#: Node, or "widgets" -> digest of the English that its translations say.
 DIGESTS = LOCALES / "translated.json"
 #: What means something to the frontend's message compiler, which reads all but tooltips.
 SYNTAX = frozenset("@{}|%")
@@ -46,7 +48,14 @@ def english(nodes: Sequence[Any]) -> dict[str, Tree]:
         "nodeCategories": {name: name for name in dict.fromkeys(categories)},
         "dataTypes": {name: name for name in own},
     }
+    main["diffscaler"] = widget_texts()
     return {"main.json": main, "nodeDefs.json": {s.node_id: _node(s) for s in schemas}}
+
+
+def widget_texts() -> Tree:
+    """Returns what the pack's own widgets say in English, from web/texts.js."""
+    _, _, rest = TEXTS.read_text("utf-8").partition("const ENGLISH = ")
+    return dict(json.loads(rest[: rest.index("};") + 1]))
 
 
 def _node(schema: Any) -> Tree:
@@ -103,11 +112,12 @@ def texts(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple
             yield ".".join((*path, key)), value
 
 
-def digests(nodes: Mapping[str, Any]) -> dict[str, str]:
-    """Returns a digest of each node's English."""
+def digests(files: Mapping[str, Tree]) -> dict[str, str]:
+    """Returns a digest of the English of each node, and of the widgets'."""
+    trees = {**files["nodeDefs.json"], "widgets": files["main.json"]["diffscaler"]}
     return {
-        name: hashlib.sha256(json.dumps(node, sort_keys=True).encode()).hexdigest()[:12]
-        for name, node in nodes.items()
+        name: hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+        for name, tree in trees.items()
     }
 
 
@@ -135,9 +145,9 @@ STALE = "its English changed; correct locales/zh and locales/ja, then run with -
 
 
 def stale(files: Mapping[str, Tree]) -> list[str]:
-    """Returns the nodes whose English changed since they were translated."""
+    """Returns the nodes whose English changed since they were translated, or "widgets"."""
     known = json.loads(DIGESTS.read_text("utf-8")) if DIGESTS.is_file() else {}
-    now = digests(files["nodeDefs.json"])
+    now = digests(files)
     return [node for node in now.keys() | known.keys() if now.get(node) != known.get(node)]
 
 
@@ -148,7 +158,7 @@ def write(files: Mapping[str, Tree], translated: bool) -> None:
         for language in TRANSLATIONS:
             _write(LOCALES / language / name, arranged(tree, _read(language, name)))
     if translated:
-        _write(DIGESTS, digests(files["nodeDefs.json"]))
+        _write(DIGESTS, digests(files))
 
 
 def _read(language: str, name: str) -> Tree:

@@ -8,6 +8,7 @@ import {
   PARTS, entriesOf, limits, parse, strip, withAdded, withMoved, withRemoved, write,
 } from "./schedule_text.js";
 import { addStyles } from "./styles.js";
+import { say } from "./texts.js";
 
 /** @typedef {import("./curve_maths.js").Point} Point */
 /** @typedef {import("./curve_maths.js").Interpolation} Interpolation */
@@ -38,7 +39,7 @@ class ScheduleCurve {
     const row = document.createElement("div");
     row.className = "diffscaler-parts";
     row.setAttribute("role", "radiogroup");
-    row.setAttribute("aria-label", "part");
+    row.setAttribute("aria-label", say("part"));
     row.append(...this.buttons, hint());
     this.element.append(row, this.plot.element);
     forwardToCanvas(this.element);
@@ -153,10 +154,10 @@ class ScheduleCurve {
     /** @type {import("./schedule_plot.js").Picture} */
     const empty = { curves: [], points: [], inherited: false, note: "", isError: false,
       locked: true };
-    if (this.#isLinked("keyframes")) return { ...empty, note: "the connected keyframes count" };
+    if (this.#isLinked("keyframes")) return { ...empty, note: say("keyframesCount") };
     const linked = READ.filter((name) => this.#isLinked(name));
     if (linked.includes("points") || linked.includes("interpolation")) {
-      return { ...empty, note: `${linked[0]} comes from another node` };
+      return { ...empty, note: say("fromAnotherNode", linked[0]) };
     }
     try {
       return { ...empty, locked: false, ...(strip(this.text) ? this.#textCurves()
@@ -168,7 +169,7 @@ class ScheduleCurve {
 
   /** @param {string[]} linked */
   #windowCurves(linked) {
-    if (linked.length) return { note: `${linked[0]} comes from another node`, locked: true };
+    if (linked.length) return { note: say("fromAnotherNode", linked[0]), locked: true };
     const { points, interpolation } = this.#window();
     const curves = [{ name: this.part || "all", line: polyline(points, interpolation) }];
     return { curves, inherited: true };
@@ -200,9 +201,8 @@ class ScheduleCurve {
       button.type = "button";
       button.dataset.part = part;
       button.className = `diffscaler-${part || "all"}`;
-      button.textContent = part || "all";
-      button.title = part ? `edit the points of the ${part} alone`
-        : "edit the points of all parts that have none of their own";
+      button.textContent = part || say("all");
+      button.title = part ? say("editPart", part) : say("editAll");
       button.setAttribute("role", "radio");
       button.addEventListener("click", () => {
         this.part = part;
@@ -218,9 +218,7 @@ function hint() {
   const mark = document.createElement("span");
   mark.className = "diffscaler-hint";
   mark.textContent = "?";
-  mark.title = "Drag a point to move it (Shift: finer). Press on the curve, or double-click, for "
-    + "a new one. Right-click a point or drag it off to remove it. With the keyboard: Tab, "
-    + "arrows, Delete.";
+  mark.title = say("editHint");
   return mark;
 }
 

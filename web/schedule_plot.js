@@ -1,5 +1,7 @@
 // Draws strength over sampling time and lets points be moved. Knows no ComfyUI and no text.
 
+import { say } from "./texts.js";
+
 /** @typedef {import("./curve_maths.js").Point} Point */
 
 /**
@@ -103,9 +105,9 @@ export class SchedulePlot {
       const x = this.#x(percent);
       marks.push(svg("line", { x1: x, x2: x, y1: TOP, y2: height - BOTTOM }));
     }
-    marks.push(text("0 noise", LEFT, height - 5, "start"));
+    marks.push(text(`0 ${say("noise")}`, LEFT, height - 5, "start"));
     marks.push(text("0.5", this.#x(0.5), height - 5, "middle"));
-    marks.push(text("picture 1", width - RIGHT, height - 5, "end"));
+    marks.push(text(`${say("picture")} 1`, width - RIGHT, height - 5, "end"));
     this.grid.replaceChildren(...marks);
   }
 
@@ -116,7 +118,7 @@ export class SchedulePlot {
     while (dots.children.length < points.length) dots.append(svg("circle", { r: 5, tabindex: 0 }));
     points.forEach(([percent, factor], i) => {
       const dot = dots.children[i];
-      const label = `point ${i + 1} of ${points.length}: ${round(factor)} at ${round(percent)}`;
+      const label = say("point", i + 1, points.length, round(factor), round(percent));
       set(dot, { cx: this.#x(percent), cy: this.#y(factor), role: "slider", "aria-label": label,
         "aria-valuemin": 0, "aria-valuemax": 1, "aria-valuenow": percent, "aria-valuetext": label });
       dot.classList.toggle("diffscaler-gone", Boolean(this.drag?.gone) && this.drag?.index === i);

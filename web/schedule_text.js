@@ -2,6 +2,7 @@
 // left as it is. Reads what Schedule.parse in diffscaler_core/schedule.py reads. No DOM.
 
 import { INTERPOLATIONS } from "./curve_maths.js";
+import { say } from "./texts.js";
 
 /** @typedef {import("./curve_maths.js").Point} Point */
 /** @typedef {import("./curve_maths.js").Interpolation} Interpolation */
@@ -49,10 +50,10 @@ export function parse(text, interpolation) {
   linesOf(text).forEach(({ pieces }, row) => {
     for (const { word, start, end } of pieces) {
       if (Object.hasOwn(INTERPOLATIONS, word)) interpolation = /** @type {Interpolation} */ (word);
-      else if (word) entries.push({ ...readEntry(word, `line ${row + 1}, '${word}'`), start, end });
+      else if (word) entries.push({ ...readEntry(word, say("where", row + 1, word)), start, end });
     }
   });
-  if (!entries.length) throw new Error("no point: write a line 'percent: factor', such as '0.3: 1'");
+  if (!entries.length) throw new Error(say("noPoint"));
   const parts = /** @type {Record<Part, Point[]>} */ ({});
   for (const part of PARTS) parts[part] = pointsOf(entries, part);
   return { entries, parts, interpolation };
@@ -163,18 +164,18 @@ const short = (number) => String(Math.round(number * 1e6) / 1e6);
  */
 function readEntry(word, where) {
   const found = ENTRY.exec(word);
-  if (!found) throw new Error(`${where}: write 'percent: factor', such as '0.3: 1'`);
+  if (!found) throw new Error(say("noEntry", where));
   const part = /** @type {Part | ""} */ (found[1] ?? "");
   if (part && !PARTS.includes(part)) {
-    throw new Error(`${where}: no part '${part}'; parts are ${PARTS.join(", ")}`);
+    throw new Error(say("noPart", where, part, PARTS.join(", ")));
   }
   const [percent, factor] = [found[2], found[3]].map((told) => {
     const number = NUMBER.test(told) ? Number(told.replaceAll("_", "")) : NaN;
-    if (!Number.isFinite(number)) throw new Error(`${where}: '${told}' is no number`);
+    if (!Number.isFinite(number)) throw new Error(say("noNumber", where, told));
     return number;
   });
   if (!(percent >= 0 && percent <= 1)) {
-    throw new Error(`${where}: a percent is in 0..1 (0 pure noise, 1 the picture)`);
+    throw new Error(say("noPercent", where));
   }
   return { part, percent, factor };
 }
@@ -190,7 +191,7 @@ function pointsOf(entries, part) {
     ({ percent, factor }) => /** @type {Point} */ ([percent, factor]),
   );
   const third = points.findIndex(([percent], i) => i > 1 && points[i - 2][0] === percent);
-  if (third > 0) throw new Error(`more than two points at ${points[third][0]} for ${part}`);
+  if (third > 0) throw new Error(say("tooMany", points[third][0], part));
   return points.length ? points : [[0, 1]];
 }
 

@@ -5,6 +5,7 @@ import { app } from "../../scripts/app.js";
 import { addStyles } from "./styles.js";
 import { chooseTask } from "./task_dialog.js";
 import { factsOf } from "./task_facts.js";
+import { say } from "./texts.js";
 
 const NODE = "DiffScalerLoadTask";
 const INPUT = "task_name";
@@ -65,8 +66,8 @@ app.registerExtension({
     const button = node.addWidget("button", "browse", null, () => void browse(node), {
       serialize: false, // not an input of the node
     });
-    button.label = "browse tasks";
+    button.label = say("browse");
     button.serialize = false; // nor part of a saved workflow
-    button.tooltip = "Shows all task files with their pictures.";
+    button.tooltip = say("browseHint");
   },
 });

@@ -1,6 +1,7 @@
 // A dialog with a card for every task, to choose one. Knows no ComfyUI.
 
 import { matches } from "./task_facts.js";
+import { say } from "./texts.js";
 
 /** @typedef {import("./task_facts.js").TaskFacts} TaskFacts */
 
@@ -13,14 +14,14 @@ import { matches } from "./task_facts.js";
  */
 export function chooseTask(files, chosen, factsOf) {
   const dialog = make("dialog", "diffscaler-browser");
-  dialog.setAttribute("aria-label", "DiffScaler tasks");
+  dialog.setAttribute("aria-label", say("tasks"));
   const search = make("input", "diffscaler-search");
-  Object.assign(search, { type: "search", placeholder: "search names, words, descriptions" });
+  Object.assign(search, { type: "search", placeholder: say("search") });
   const family = make("select", "diffscaler-family");
-  family.setAttribute("aria-label", "base");
-  family.append(new Option("all bases", ""));
+  family.setAttribute("aria-label", say("base"));
+  family.append(new Option(say("allBases"), ""));
   const close = make("button", "diffscaler-close", "✕");
-  close.setAttribute("aria-label", "close");
+  close.setAttribute("aria-label", say("close"));
   const count = make("span", "diffscaler-count");
   const head = make("div", "diffscaler-head");
   head.append(search, family, count, close);
@@ -35,8 +36,9 @@ export function chooseTask(files, chosen, factsOf) {
       card.hidden = facts !== null && !matches(facts, search.value, family.value);
       shown += Number(!card.hidden);
     }
-    count.textContent = shown === files.length ? `${shown} tasks` : `${shown} of ${files.length} tasks`;
-    if (!files.length) count.textContent = "no task file in models/diffscaler or output/diffscaler";
+    count.textContent = shown === files.length ? say("count", shown)
+      : say("countSome", shown, files.length);
+    if (!files.length) count.textContent = say("noFile");
   };
 
   return new Promise((resolve) => {

@@ -1,5 +1,7 @@
 // What a task file says of itself, for people to choose by. No DOM, no network.
 
+import { say } from "./texts.js";
+
 /**
  * @typedef {object} TaskFacts
  * @property {string} file As the node's input names it.
@@ -53,19 +55,19 @@ export function matches(facts, search, family) {
 
 /** @param {Record<string, string> | null} metadata */
 function problemOf(metadata) {
-  if (!metadata) return "its header cannot be read";
-  return metadata["diffscaler.format"] ? "" : "not a task file";
+  if (!metadata) return say("noHeader");
+  return metadata["diffscaler.format"] ? "" : say("noTask");
 }
 
 /** @param {Record<string, any>} config */
 function wordsOf(config) {
-  if (text(config.trigger)) return `trigger: ${config.trigger}`;
-  if (text(config.control?.kind)) return `control: ${config.control.kind}`;
+  if (text(config.trigger)) return say("trigger", config.trigger);
+  if (text(config.control?.kind)) return say("control", config.control.kind);
   const prompts = Array.isArray(config.prompts) ? config.prompts.map(text).filter(Boolean) : [];
   if (!prompts.length) return "";
   const more = prompts.length - SHOWN_PROMPTS;
   const shown = prompts.slice(0, SHOWN_PROMPTS).join(", ");
-  return `prompts: ${shown}${more > 0 ? ` and ${more} more` : ""}`;
+  return more > 0 ? say("promptsMore", shown, more) : say("prompts", shown);
 }
 
 /** @param {number} bytes */

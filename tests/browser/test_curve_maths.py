@@ -14,7 +14,7 @@ from diffscaler_core import DiffScalerError
 from diffscaler_core.schedule import INTERPOLATIONS, Schedule
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = ("curve_maths.js", "schedule_text.js")
+MODULES = ("curve_maths.js", "schedule_text.js", "texts.js")
 PARTS = ("scale", "shift", "subspace")
 
 #: One JSON list of calls on stdin, one of results on stdout; a result is {value} or {error}.

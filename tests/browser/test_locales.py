@@ -88,6 +88,15 @@ def test_a_resting_mouse_is_told_in_the_language(seen: dict[str, Any], language:
         assert tooltips["model"] == stack["inputs"]["model"]["tooltip"]
 
 
+def test_the_packs_own_widgets_speak_the_language(seen: dict[str, Any], language: str) -> None:
+    texts = json.loads((LOCALES / language / "main.json").read_text("utf-8"))["diffscaler"]
+    own = seen[language]["own"]
+    assert own["hint"] == texts["editHint"]
+    assert own["parts"] == [texts["all"], "scale", "shift", "subspace"]
+    assert {f"0 {texts['noise']}", f"{texts['picture']} 1"} <= set(own["ends"])
+    assert texts["browse"] in seen[language]["load"]["widgets"]
+
+
 @pytest.mark.parametrize("palette", ["dark", "light"])
 def test_the_task_edge_has_its_own_colour(
     seen: dict[str, Any], language: str, palette: str

@@ -144,7 +144,7 @@ def test_slots_that_grow_have_the_tooltip_of_their_input(schemas: dict[str, Any]
 def test_own_names_are_translated_the_same_everywhere() -> None:
     for language in ("en", *LANGUAGES):
         main = read(language, "main")
-        assert set(main) == {"nodeCategories", "dataTypes"}
+        assert set(main) == {"nodeCategories", "dataTypes", "diffscaler"}
         assert set(main["nodeCategories"]) == {"DiffScaler"}
         assert set(main["dataTypes"]) == {"DIFFSCALER_TASK", "DIFFSCALER_TRAINING"}
         assert all(value for _, value in flat(main))

@@ -30,6 +30,7 @@ async function build() {
   const load = add("DiffScalerLoadTask", [0, 0]);
   const stack = add("DiffScalerStackTasks", [520, 0]);
   const train = add("DiffScalerTrainTask", [1000, -60]);
+  add("DiffScalerScheduleTask", [0, 420]);
   load.connect(0, stack, stack.inputs.findIndex((input) => input.type === "DIFFSCALER_TASK"));
   app.canvas.ds.scale = 1;
   app.canvas.ds.offset = [120, 200];
@@ -118,10 +119,15 @@ export default async function locale(page, { language, palette, vue, other, scre
   for (const which of ["title", "model", "growing", "output"]) tooltips[which] = await told(page, at[which]);
   await told(page, at.model);
   if (screenshot) await page.screenshot({ path: screenshot });
+  const own = await page.evaluate(() => ({
+    ends: [...document.querySelectorAll(".diffscaler-grid text")].map((one) => one.textContent),
+    parts: [...document.querySelectorAll(".diffscaler-parts button")].map((one) => one.textContent),
+    hint: document.querySelector(".diffscaler-hint")?.title,
+  }));
   const found = { [palette]: await colours(page, at.link) };
   await page.evaluate((name) => window.app.extensionManager.setting // no reload, as in the dialog
     .set("Comfy.ColorPalette", name), other);
   await settle(page, 1500);
   found[other] = await colours(page, at.link);
-  return { ...texts, tooltips, colours: found, overruled: await overruled(page) };
+  return { ...texts, own, tooltips, colours: found, overruled: await overruled(page) };
 }
