@@ -123,6 +123,14 @@ METHODS: dict[str, Method] = {
     "full": Method("full fine-tuning", FULL, baseline="full"),
     "ours": Method("diffscaler, rank 1", method="diffscaler", rank=1),
     "lora": Method("LoRA, rank 2", method="lora", rank=2, bases=("dit",)),
+    "ours_narrow": Method(
+        "diffscaler, rank 1, attention alone",
+        (3e-2, 1e-1),
+        method="diffscaler",
+        rank=1,
+        targets={"dit": r"transformer_blocks\.\d+\.attn1\..*"},
+        bases=("dit",),
+    ),
     "ours_wide": Method("diffscaler, rank 7", method="diffscaler", rank=7),
     "lora_wide": Method("LoRA, rank 8", method="lora", rank=8),
     "ours_auto": Method(

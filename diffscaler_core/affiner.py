@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import DiffScalerError, unknown
+from .windows import NoiseLevel, UnitWindows
 
 PARTS = ("scale", "shift", "subspace")
 TENSORS = ("scale", "shift", "down", "up")
@@ -61,6 +62,7 @@ class Affiner(nn.Module):
         activation: A name in ACTIVATIONS; "relu" is the paper's.
         gain: s, a stored constant.
         scale_includes_bias: True: the scale multiplies the frozen bias too (DiffFit's γ).
+        windows: When the hidden units act (see `windows.py`); None: at every noise level.
 
     Raises:
         UnknownNameError: No such activation.
@@ -82,6 +84,7 @@ class Affiner(nn.Module):
         activation: str = "relu",
         gain: float = 1.0,
         scale_includes_bias: bool = False,
+        windows: UnitWindows | None = None,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -94,6 +97,7 @@ class Affiner(nn.Module):
         self.activation = activation
         self.gain = float(gain)
         self.scale_includes_bias = scale_includes_bias
+        self.windows = windows
 
     @property
     def rank(self) -> int:
@@ -113,6 +117,7 @@ class Affiner(nn.Module):
         bias: Tensor | None = None,
         geometry: ConvGeometry | None = None,
         strength: float = 1.0,
+        log_snr: Tensor | None = None,
     ) -> Tensor:
         """Returns the frozen layer's output, corrected for this task.
 
@@ -122,6 +127,7 @@ class Affiner(nn.Module):
             bias: b̂, (C_out,), or None for a layer without.
             geometry: The convolution's geometry, None for a Linear.
             strength: Dimensionless; 0 gives y itself, 1 the trained task.
+            log_snr: λ of the call, (), for an affiner with windows.
 
         Returns:
             A tensor like y. y is not modified.
@@ -130,6 +136,10 @@ class Affiner(nn.Module):
             return y
         weights = torch.full((1, len(PARTS)), strength, dtype=_wide(y).dtype, device=y.device)
         folded = fold([self], weights, bias)
+        if self.windows is not None:
+            level = NoiseLevel()
+            level.put(log_snr)
+            folded = windowed(folded, level.window(self.windows).to(y.device))
         return apply_folded(x, y, folded.to(y.device, y.dtype), geometry)
 
 
@@ -246,6 +256,27 @@ def fold_alone(affiner: Affiner, bias: Tensor | None, device: torch.device) -> F
         up = up * affiner.gain
     linear = affiner.activation == "identity"
     return Folded(scale, shift, down, up, floor=None, linear=linear, mask=None)
+
+
+def windowed(folded: Folded, window: Tensor | None) -> Folded:
+    """Returns folded affiners of which the hidden units in a window act.
+
+    Args:
+        folded: From `fold` or `fold_alone`.
+        window: Factor of each hidden unit, (ΣR,) or (B, ΣR) by row; None: all act.
+    """
+    if window is None or folded.up is None:
+        return folded
+    if window.ndim == 1 and folded.mask is None:
+        return folded._replace(up=folded.up * window)
+    mask = window if folded.mask is None else folded.mask * window
+
+    def by_row(vector: Tensor | None) -> Tensor | None:
+        if vector is None or vector.ndim > 1:
+            return vector
+        return vector.expand(len(mask), -1)
+
+    return folded._replace(mask=mask, gain=by_row(folded.gain), offset=by_row(folded.offset))
 
 
 def apply_folded(
@@ -396,13 +427,22 @@ def init_affiner(
     return tensors
 
 
-def affiner_from(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Affiner:
-    """Returns an affiner that shares these tensors, with a task's facts (activation, gain…)."""
+def affiner_from(
+    tensors: Mapping[str, Tensor], facts: Mapping[str, Any], windows: UnitWindows | None = None
+) -> Affiner:
+    """Returns an affiner that shares these tensors, with a task's facts (activation, gain…).
+
+    Args:
+        tensors: By their names in the file.
+        facts: The task's.
+        windows: When its hidden units act; None: always.
+    """
     return Affiner(
         *(tensors.get(name) for name in TENSORS),
         activation=str(facts.get("activation", "relu")),
         gain=float(facts.get("gain", 1.0)),
         scale_includes_bias=bool(facts.get("scale_includes_bias", False)),
+        windows=windows if "down" in tensors else None,
     )
 
 

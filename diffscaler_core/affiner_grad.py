@@ -41,16 +41,25 @@ class Shape(NamedTuple):
         groups: K equal parts of the batch, tensors with a leading dimension K; 0: none, without.
         floor: As in `Folded`.
         linear: As in `Folded`.
+        window: Factor of each hidden unit by row of the batch, (B, R), or (1, R); None: all act.
     """
 
     layer: str
     groups: int
     floor: Tensor | None
     linear: bool
+    window: Tensor | None = None
 
     def matrix(self, t: Tensor) -> Tensor:
         """Returns (…, C) as (N, C), or (K, N, C) with groups."""
         return t.reshape(*((self.groups,) if self.groups else ()), -1, t.shape[-1])
+
+    def in_window(self, hidden: Tensor) -> Tensor:
+        """Returns hidden units, (N, R) or (K, N, R), times their window; rows lie together."""
+        if self.window is None:
+            return hidden
+        rows = hidden.reshape(len(self.window), -1, hidden.shape[-1])
+        return (rows * self.window.to(hidden.dtype).unsqueeze(1)).view(hidden.shape)
 
 
 def is_plain(y: Tensor) -> bool:
@@ -70,6 +79,7 @@ def affine(
     layer: str = "",
     groups: int = 0,
     shared: Shared | None = None,
+    window: Tensor | None = None,
 ) -> Tensor:
     """Returns what `apply_folded` (or `apply_stacked`) does for a Linear; keeps less.
 
@@ -80,9 +90,10 @@ def affine(
         layer: The layer's name, for messages.
         groups: K, if `folded` is from `stack_groups`; 0 otherwise.
         shared: act(D x) if it is known already.
+        window: As in `Shape`.
     """
     floor = None if folded.floor is None else folded.floor.to(y.dtype)
-    shape = Shape(layer, groups, floor, folded.linear)
+    shape = Shape(layer, groups, floor, folded.linear, window)
     tensors = (folded.gain, folded.offset, folded.down, folded.up)
     own_x = None if folded.down is None else x
     return _Affine.apply(own_x, y, *tensors, shared, shape)  # type: ignore[no-any-return]
@@ -114,7 +125,7 @@ class _Affine(torch.autograd.Function):
             if x is not None and down is not None:
                 x = x.to(y.dtype) if shared is None or shared.x is None else shared.x
                 hidden = hidden_of(x, down, shape) if shared is None else shared.hidden
-                hidden = shape.matrix(hidden)
+                hidden = shape.in_window(shape.matrix(hidden))
             mixed = _mix(shape.matrix(y), gain, offset, hidden, up).contiguous()
             # no view for autograd: the model may change what it was given in place
             out: Tensor = torch.ops.aten._unsafe_view(mixed, y.shape)
@@ -223,6 +234,7 @@ def _gain_gradient(
 
 def _hidden_gradient(d_hidden: Tensor, hidden: Tensor, shape: Shape) -> Tensor:
     """Returns the gradient before the activation; also where float16 was cut off there is none."""
+    d_hidden = shape.in_window(d_hidden)
     if shape.floor is not None:
         d_hidden = d_hidden.masked_fill_(hidden <= shape.floor, 0)
     elif not shape.linear:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .affiner import PARTS, Affiner
@@ -19,9 +20,14 @@ from .forms import WIDE, Factors, Form, flattened, joined, stacked
 from .kin import Kin, joined_kin
 from .layer_tasks import Layer, TaskVectors, version_of
 from .regional_forms import Place
+from .windows import NoiseLevel, check_rows
 
 #: Up to so many bytes, every row's own D and U are laid out.
 _BY_ROW_BYTES = 128 << 20
+
+#: What a mask depends on beside the strengths: the ranks of the tasks on a layer, and the layer
+#: itself where the noise level says which of its units act.
+_MaskKey = tuple[tuple[int, ...], Layer | None]
 
 
 class Ready(NamedTuple):
@@ -54,13 +60,13 @@ class _Vectors:
     Attributes:
         gain: Of all layers, (ΣC_out,), with rows (B, ΣC_out); as `Form.gain`.
         offset: Of all layers, the same shape.
-        masks: Ranks of the tasks on a layer -> mask; as `Form.mask`.
+        masks: What each depends on -> mask; as `Form.mask`.
         index: As `Form.index`.
     """
 
     gain: Tensor
     offset: Tensor
-    masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    masks: dict[_MaskKey, Tensor] = field(default_factory=dict)
     chosen: Tensor | None = None
 
 
@@ -72,6 +78,7 @@ class Arrangement:
         slots: The tasks, in order.
         rows: B; 0: the whole batch alike.
         width: With rows, M: how many tasks one row runs at most.
+        level: The noise level of the next call, for tasks with windows.
         fixed: True: shapes depend on how many slots there are alone, not on which tasks these are,
             and `refill` can put others in their places. For compiled code. A slot of −1 is empty.
     """
@@ -82,9 +89,12 @@ class Arrangement:
         slots: tuple[int, ...],
         rows: int = 0,
         width: int = 0,
+        level: NoiseLevel | None = None,
         fixed: bool = False,
     ) -> None:
         self._of_tasks = vectors
+        self._level = NoiseLevel() if level is None else level
+        self._is_timed = False
         self.slots, self.rows, self.width = slots, rows, width
         self._fixed = fixed
         # Laid out row by row, D and U are ready to be multiplied by, which pays where rows have few
@@ -120,9 +130,16 @@ class Arrangement:
             strengths = strengths.gather(1, self._chosen)
             if self._is_laid_by_row and not torch.equal(before, self._chosen):
                 self._ready.clear()
-        self.plain = bool((strengths == 1).all())
+        self.plain = bool((strengths == 1).all()) and not self._is_timed
         for place, vectors in self._vectors.items():
             self._fill(vectors, place)
+
+    def follow_time(self) -> None:
+        """Puts the noise level in force, in the tensors there are."""
+        for vectors in self._vectors.values():
+            for key, mask in vectors.masks.items():
+                if key[1] is not None:
+                    mask.copy_(self._unit_strengths(*key).view(mask.shape))
 
     def refill(self, slots: tuple[int, ...]) -> None:
         """Puts other tasks in the places there are, in the same tensors; then `put` strengths."""
@@ -197,7 +214,8 @@ class Arrangement:
             factors = flattened(factors)
         mask = None
         if factors is not None:
-            mask = self._mask(vectors, place, ranks)
+            timed = any(affiner.windows is not None for affiner in kinds)
+            mask = self._mask(vectors, place, (ranks, layer if timed else None))
             factors = self._by_row(factors).to(*place) if by_row else factors.to(*place)
         sources = self._sources_of(layer)
         if factors is not None:
@@ -261,28 +279,55 @@ class Arrangement:
             gain += 1
         vectors.gain.copy_(gain.view(vectors.gain.shape))
         vectors.offset.copy_(offset.view(vectors.offset.shape))
-        for ranks, mask in vectors.masks.items():
-            mask.copy_(self._unit_strengths(ranks).view(mask.shape))
+        for key, mask in vectors.masks.items():
+            mask.copy_(self._unit_strengths(*key).view(mask.shape))
         if vectors.chosen is not None:
             vectors.chosen.copy_(self._chosen.flatten())
 
-    def _mask(self, vectors: _Vectors, place: Place, ranks: tuple[int, ...]) -> Tensor:
-        if ranks not in vectors.masks:
-            strengths = self._unit_strengths(ranks)
+    def _mask(self, vectors: _Vectors, place: Place, key: _MaskKey) -> Tensor:
+        if key not in vectors.masks:
+            if key[1] is not None:
+                self._is_timed, self.plain = True, False
+            strengths = self._unit_strengths(*key)
             strengths = strengths if self.rows else strengths[0]
-            vectors.masks[ranks] = strengths.to(*place)
-        return vectors.masks[ranks]
+            vectors.masks[key] = strengths.to(*place)
+        return vectors.masks[key]
 
-    def _unit_strengths(self, ranks: tuple[int, ...]) -> Tensor:
+    def _unit_strengths(self, ranks: tuple[int, ...], layer: Layer | None) -> Tensor:
         """Returns the strength of each hidden unit, (B or 1, R), or (B, M·R) where gathered.
 
         Args:
             ranks: Of each task; of one for all where gathered, then a -1 behind it.
+            layer: Whose units act by noise level; None: they always act.
         """
         strengths = self._weights[..., PARTS.index("subspace")]
         if ranks[-1:] == (-1,):
-            return strengths.gather(1, self._chosen).repeat_interleave(ranks[0], dim=1)
-        return strengths.repeat_interleave(torch.tensor(ranks), dim=1)
+            strengths = strengths.gather(1, self._chosen).repeat_interleave(ranks[0], dim=1)
+        else:
+            strengths = strengths.repeat_interleave(torch.tensor(ranks), dim=1)
+        return strengths if layer is None else strengths * self._windows(ranks, layer)
+
+    def _windows(self, ranks: tuple[int, ...], layer: Layer) -> Tensor:
+        """Returns which hidden units act at the noise level, as `_unit_strengths` has them."""
+        gathered = ranks[-1:] == (-1,)
+        own = []
+        widths = ranks[:1] * len(self.slots) if gathered else ranks
+        for slot, rank in zip(self.slots, widths, strict=True):
+            affiner = layer.affiners.get(slot)
+            if affiner is None or affiner.windows is None:
+                own.append(torch.ones(1, rank))
+                continue
+            window = torch.atleast_2d(self._level.window(affiner.windows)).cpu()
+            if self.rows and len(window) > 1:
+                check_rows(self.rows, len(window))
+            window = window if self.rows else window[:1]  # all rows are in one range
+            own.append(F.pad(window, (0, rank - window.shape[1])))
+        rows = max(map(len, own))
+        if not gathered:
+            return torch.cat([window.expand(rows, -1) for window in own], dim=1)
+        every = torch.stack([window.expand(self.rows, -1) for window in own], dim=1)  # (B, S, R)
+        place = self._chosen.unsqueeze(-1).expand(-1, -1, ranks[0])
+        return every.gather(1, place).flatten(1)
 
     @property
     def is_current(self) -> bool:

@@ -79,7 +79,7 @@ class Attachment(nn.Module):
         self._given: dict[str, Control] = {}
         self._gated = True
         self._waits = False
-        self._grouped: tuple[str, ...] | None = None
+        self._grouped: tuple[str | None, ...] | None = None
         self._hooks: list[tuple[LayerHook, AffinerStack, Any]] = []
         self._handles: dict[ControlStack | ClassStack, Any] = {}
         self.requires_grad_(False)
@@ -130,6 +130,28 @@ class Attachment(nn.Module):
         """
         self._rows = None if rows is None else self._row_weights(rows)
         self._put_in_force()
+
+    @property
+    def is_timed(self) -> bool:
+        """Says whether a task has units that act by noise level, so that `set_time` is needed."""
+        return any(task.is_timed for task in self._tasks.values())
+
+    def set_time(self, log_snr: float | Tensor) -> None:
+        """Says at which noise level the next calls are, for tasks that act by it.
+
+        Tensors change in place: no new attach, no recompile. Pipelines with `load_diffscaler`, the
+        trainer and ComfyUI do it themselves.
+
+        Args:
+            log_snr: λ = 2 ln(α/σ): falls with noise. One for the whole batch, or (B,) by row.
+
+        Raises:
+            DiffScalerError: NaN, or a tensor of another shape.
+        """
+        level = torch.as_tensor(log_snr).detach().float()
+        if level.ndim > 1 or not level.numel():
+            raise DiffScalerError(f"log_snr must be a number or (B,), got {tuple(level.shape)}")
+        self._ensemble.set_time(level)
 
     def set_controls(self, controls: Mapping[str, Control] | None) -> None:
         """Gives control tasks their pictures, in place of those they had; their strengths stay.
@@ -267,14 +289,15 @@ class Attachment(nn.Module):
         for stack in self._control_stacks():
             stack.set_controls(slots)
 
-    def set_groups(self, names: Sequence[str] | None) -> None:
+    def set_groups(self, names: Sequence[str | None] | None) -> None:
         """Makes each of len(names) equal parts of the batch run one task alone, at strength 1.
 
         The parts lie one after the other, whatever the batch size. Gradients of a task come from
         its own part only. The last of `set_weights`, `set_rows` and `set_groups` is in force.
 
         Args:
-            names: One task per part, or None: the weights or rows that were in force before.
+            names: One task per part, None among them: the base there; or None in their place: the
+                weights or rows that were in force before.
 
         Raises:
             UnknownNameError: No such task is attached.
@@ -285,7 +308,7 @@ class Attachment(nn.Module):
             return
         if not names:
             raise DiffScalerError("groups must name at least one task")
-        slots = [self.slot_of(name) for name in names]
+        slots = [_BASE if name is None else self.slot_of(name) for name in names]
         for stack in self._all_stacks():
             stack.set_groups(slots)
         self._grouped = tuple(names)
@@ -554,6 +577,7 @@ def attach(
 
 
 _ONE = (1.0,) * len(PARTS)
+_BASE = -1  # no task's index
 _PREFIXES: dict[type, str] = {ControlStack: CONTROL, ClassStack: CLASSES}
 
 

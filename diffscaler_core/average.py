@@ -19,7 +19,10 @@ from .task import TaskAdapter, flat
 #: different runs. Our choice: checkpoints of one run are far above, different seeds near 0.
 SMALLEST_COSINE = 0.5
 #: Facts without which parameters do not mean the same, and what holds where nothing is said.
-_FACTS = {"activation": "relu", "gain": 1.0, "scale_includes_bias": False, "classes": None}
+_FACTS = {
+    **{"activation": "relu", "gain": 1.0, "scale_includes_bias": False},
+    **{"classes": None, "windows": None},
+}
 
 
 @torch.no_grad()

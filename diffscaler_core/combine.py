@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,31 +14,49 @@ from .affiner import PARTS
 from .classes import CLASSES, ROWS
 from .errors import DiffScalerError, first_names, shown, unknown
 from .targets import pattern_value
-from .task import TaskAdapter
+from .task import TaskAdapter, parts_of
+from .windows import UnitWindows, gathered, joined, limited, on, united
+
+#: Noise levels, from above one log-SNR up to another; None: no end.
+Range = tuple[float | None, float | None]
 
 #: Which part's strength multiplies which tensor; U carries the subspace's.
 _PART_OF = {"scale": "scale", "shift": "shift", "up": "subspace", ROWS: "shift"}
 
 
 def combine_tasks(
-    tasks: Sequence[TaskAdapter], weights: Sequence[float] | None = None, name: str | None = None
+    tasks: Sequence[TaskAdapter],
+    weights: Sequence[float] | None = None,
+    name: str | None = None,
+    *,
+    ranges: Sequence[Range | None] | None = None,
 ) -> TaskAdapter:
     """Returns one task that does what `tasks` do together at these strengths; exact.
 
     Scales and shifts add, subspaces concatenate their ranks. Where relu and identity meet, the
     identity subspace is written as relu(z) − relu(−z), at twice its rank. New classes are numbered
-    anew, in the tasks' order; each runs the layers of all tasks.
+    anew, in the tasks' order; each runs the layers of all tasks. Hidden units keep the noise levels
+    that they act at.
 
     Args:
         tasks: One or more tasks of the same base.
         weights: Strength of each; default 1.
         name: The new task's name; default: the names joined by "+".
+        ranges: Noise levels that each acts at; see `limit_task`. None, also for one: as it does.
 
     Raises:
-        DiffScalerError: No task, another number of weights, other shapes, other schedules, scales
-            that treat the frozen bias differently, a control task among several, or new classes
-            of one name or of different tables.
+        DiffScalerError: No task, another number of weights or ranges, other shapes, other
+            schedules, scales that treat the frozen bias differently, a control task among several,
+            new classes of one name or of different tables, or a range for a task with more than
+            subspaces.
     """
+    if ranges is not None:
+        if len(ranges) != len(tasks):
+            raise DiffScalerError(
+                f"{len(tasks)} tasks and {len(ranges)} ranges: need as many of each"
+            )
+        pairs = zip(tasks, ranges, strict=True)
+        tasks = [task if own is None else limit_task(task, *own) for task, own in pairs]
     weights = [1.0] * len(tasks) if weights is None else list(weights)
     if not tasks or len(tasks) != len(weights):
         raise DiffScalerError(
@@ -61,8 +80,70 @@ def combine_tasks(
     extras, classes = _combined_classes(tasks, weights)
     if len(tasks) == 1:
         extras = _scaled_extras(tasks[0], dict.fromkeys(PARTS, weights[0]))
-    facts = {**info, **prompts, **classes}
+    facts = {**info, **prompts, **classes, **_combined_windows(tasks, layers, relu)}
     return TaskAdapter(layers, facts, conditioning, {}, extras, tasks[0].schedule)
+
+
+def limit_task(
+    task: TaskAdapter, above: float | None = None, below: float | None = None
+) -> TaskAdapter:
+    """Returns a task that acts at the noise levels above < λ <= below alone, λ the log-SNR.
+
+    λ = 2 ln(α/σ) falls with noise: for a flow it is 0 at time 0.5, and 2.2 at 0.25.
+
+    Args:
+        task: A task of subspaces alone (method lora, or an imported LoRA); stays as it is.
+        above: λ of the noisier end; None: pure noise.
+        below: λ of the cleaner end; None: no noise.
+
+    Raises:
+        DiffScalerError: Nothing lies between, or the task has scales, shifts, a control or classes,
+            which act at every noise level.
+    """
+    others = [part for part in parts_of(task.layers) if part != "subspace"]
+    others += ["control"] * task.is_control + ["classes"] * bool(task.new_classes)
+    if others or not task.layers:
+        raise DiffScalerError(
+            f"only hidden units can be limited to noise levels, and task {task.name!r} has "
+            f"{', '.join(others) or 'none'}: take one of method lora, or give it a schedule"
+        )
+    low, high = (-math.inf if above is None else above), (math.inf if below is None else below)
+    own: dict[str, UnitWindows] = {}
+    for component in task.components:
+        windows = task.component_windows(component)
+        for name, tensors in task.component_layers(component).items():
+            known = windows.get(name)
+            own[f"{component}.{name}"] = limited(known, len(tensors["down"]), low, high)
+    return task.with_info(windows=_facts_of(own))
+
+
+def _combined_windows(
+    tasks: Sequence[TaskAdapter], layers: Mapping[str, Mapping[str, Tensor]], relu: bool
+) -> dict[str, Any]:
+    """Returns when the units of a sum act, as the facts say it."""
+    if not any(task.is_timed for task in tasks):
+        return {}
+    known = [
+        {f"{c}.{n}": own for c in task.components for n, own in task.component_windows(c).items()}
+        for task in tasks
+    ]
+    found: dict[str, UnitWindows] = {}
+    for layer, tensors in layers.items():
+        parts: list[UnitWindows | None] = []
+        ranks: list[int] = []
+        for task, own in zip(tasks, known, strict=True):
+            rank = len(task.layers.get(layer, {}).get("down", ()))
+            twice = 2 if relu and _activation(task) == "identity" else 1
+            parts += [own.get(layer)] * twice
+            ranks += [rank] * twice
+        if "down" in tensors:
+            found[layer] = joined(parts, ranks) or UnitWindows((), ((0, 1, sum(ranks)),))
+    return {"windows": _facts_of(found)}
+
+
+def _facts_of(windows: Mapping[str, UnitWindows]) -> dict[str, Any]:
+    edges = united(*(own.edges for own in windows.values()))
+    return gathered(edges, {name: on(edges, own) for name, own in windows.items()}, {}).facts
 
 
 def scale_task(

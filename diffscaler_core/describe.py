@@ -38,6 +38,7 @@ def _rows(task: TaskAdapter) -> Iterator[tuple[str, str]]:
     alone = "control alone" if task.is_control else alone
     yield "layers", str(len(task.layers)) if task.layers else f"none ({alone})"
     yield "rank", _rank(task)
+    yield "noise levels", _windows(task)
     yield "parameters", f"{task.num_parameters:,}"
     yield "size", f"{in_bytes(task.nbytes)} ({_dtypes(task)})"
     yield "prompts", ", ".join(map(repr, task.prompts))
@@ -103,6 +104,22 @@ def _control(facts: dict[str, Any]) -> str:
     }.get(str(embedding), str(embedding))
     of_rank = f" of rank {rank}" if rank is not None and embedding != "copy" else ""
     return f"{facts.get('kind', 'pictures')}, through {how}{of_rank}"
+
+
+def _windows(task: TaskAdapter) -> str:
+    """Returns how hidden units are shared out among noise levels."""
+    windows = task.windows
+    if windows is None:
+        return ""
+    plan = windows.plan
+    how = {
+        "experts": "an expert for each",
+        "sliding": "a window that slides over the hidden units (α {alpha:g}, β {beta:g})",
+    }.get(str(plan.get("kind")), "hidden units of their own")
+    told = {"alpha": plan.get("alpha", 0), "beta": plan.get("beta", 0)}
+    edges = [f"{edge:g}" for edge in windows.edges]
+    shown = edges if len(edges) <= _SHOWN_CLASSES else [edges[0], "…", edges[-1]]
+    return f"{len(edges) + 1} ranges, cut at log-SNR {', '.join(shown)}: {how.format(**told)}"
 
 
 def _rank(task: TaskAdapter) -> str:

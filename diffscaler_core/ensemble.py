@@ -17,10 +17,12 @@ from torch import Tensor
 
 from .affiner import PARTS
 from .arrangement import Arrangement
+from .errors import DiffScalerError
 from .kin import Products
 from .layer_tasks import Layer, TaskVectors
 from .regional_forms import Place, Question, RegionalForms, copy_into
 from .regions import Regions
+from .windows import NoiseLevel, ranges_of
 
 #: Arrangements are kept, so that switching back costs nothing, while they hold no more bytes than
 #: this (beyond the two last ones), and no more than so many.
@@ -39,6 +41,7 @@ class Ensemble:
         weights: The strengths in force, (S, 3), or (B, S, 3) with rows, S the slots; on the CPU.
         regional: What differs by place, or None: every task acts everywhere.
         products: What layers that are given the same tensor share.
+        level: The noise level of the next call, which tasks with windows go by.
     """
 
     def __init__(self) -> None:
@@ -46,6 +49,10 @@ class Ensemble:
         self._regions: Regions | None = None
         self.products = Products()
         self.weights = torch.ones(1, len(PARTS))
+        self.level = NoiseLevel()
+        self._given = self.weights
+        self._edges: dict[int, tuple[float, ...]] | None = None
+        self._ranges: object = None
         self._layers: list[Layer] = []
         self._vectors = TaskVectors(self._layers)
         self._arranged: OrderedDict[tuple[object, ...], Arrangement] = OrderedDict()
@@ -66,11 +73,13 @@ class Ensemble:
 
     def add(self, layer: Layer) -> None:
         """Makes a layer one of the model's."""
+        self._edges = None
         self._layers.append(layer)
         self.forget()
 
     def discard(self, layers: Sequence[Layer]) -> None:
         """Lets go of layers that no task adapts any more."""
+        self._edges = None
         self._layers[:] = [layer for layer in self._layers if layer not in layers]
         self.forget(compiled=True)
 
@@ -86,12 +95,78 @@ class Ensemble:
             weights: (S, 3) for the whole batch, or (B, S, 3) for rows.
         """
         with torch.inference_mode(False), torch.no_grad():
-            self.weights = weights.detach().to("cpu", torch.float32, copy=True)
-            self._now, self._is_put = None, False
+            self._given = weights.detach().to("cpu", torch.float32, copy=True)
+            self._put()
+
+    def _put(self) -> None:
+        self.weights = self._by_row()
+        self._now, self._is_put = None, False
+        if any(layer.place is not None for layer in self._layers):
+            self._put_compiled()
+        if self._regions is not None:
+            self._put_regions()
+
+    def set_time(self, log_snr: Tensor) -> None:
+        """Says at which noise level the next calls are, in the tensors there are.
+
+        Args:
+            log_snr: λ, () for the whole batch, or (B,) by row.
+
+        Raises:
+            DiffScalerError: A λ that is no number.
+        """
+        self.level.put(log_snr)
+        edges = self._windowed()
+        if not edges or self._is_live():  # which reads it where it lies: no device waits
+            self._ranges = None
+            return
+        ranges = _ranges(edges, log_snr.cpu())
+        if ranges == self._ranges:
+            return
+        self._ranges = ranges
+        with torch.inference_mode(False), torch.no_grad():
+            if self._by_row().shape != self.weights.shape:
+                self._put()
+                return
+            if log_snr.ndim and len(log_snr) not in (1, self.rows or len(log_snr)):
+                self._now, self._is_put = None, False  # the call says so, unless rows follow
+            elif self._is_put and self._now is not None:
+                self._now.follow_time()
             if any(layer.place is not None for layer in self._layers):
                 self._put_compiled()
             if self._regions is not None:
                 self._put_regions()
+
+    def _windowed(self) -> dict[int, tuple[float, ...]]:
+        """Returns the slots of tasks whose units act by noise level -> the edges of its ranges."""
+        if self._edges is None:
+            self._edges = {}
+            for layer in self._layers:
+                for slot, affiner in layer.affiners.items():
+                    if affiner.windows is not None:
+                        self._edges[slot] = affiner.windows.edges
+        return self._edges
+
+    def _is_live(self) -> bool:
+        """Says whether a task with windows is being trained."""
+        return any(
+            parameter.requires_grad
+            for layer in self._layers
+            for slot in self._windowed()
+            if slot in layer.affiners
+            for parameter in layer.affiners[slot].parameters()
+        )
+
+    def _by_row(self) -> Tensor:
+        """Returns the strengths by row of the batch where rows lie in different ranges."""
+        level, given = self.level.log_snr, self._given
+        if level is None or level.ndim == 0 or given.ndim == 3 or self._is_live():
+            return given
+        acting = set(given.any(-1).nonzero().flatten().tolist())
+        edges = {slot: own for slot, own in self._windowed().items() if slot in acting}
+        if all(len(set(own)) == 1 for _, own in _ranges(edges, level.cpu())):
+            return given
+        return given.expand(len(level), -1, -1).clone()
 
     def set_regions(self, regions: Regions | None) -> None:
         """Makes tasks act in parts of the picture alone; None: everywhere again."""
@@ -108,7 +183,7 @@ class Ensemble:
         elif known is not None and (known.regions, known.slots) == (self._regions, acting):
             known.put(self.weights)
         else:
-            self.regional = RegionalForms(self._regions, acting, self.weights)
+            self.regional = RegionalForms(self._regions, acting, self.weights, self.level)
         for layer in self._layers:
             if layer.asked is not None:
                 self.prepare_regional(layer, layer.asked)
@@ -157,6 +232,7 @@ class Ensemble:
         if compiled and self._compiled:
             self._forget_compiled()
         self._arranged.clear()
+        self._edges = self._ranges = None
         self._now, self._is_put, self._is_measured = None, False, False
         if self.regional is not None:
             self.regional = None
@@ -216,7 +292,8 @@ class Ensemble:
         key = (slots, self.rows, width)
         arrangement = self._arranged.get(key)
         if arrangement is None:
-            arrangement = self._arranged[key] = Arrangement(self._vectors, slots, self.rows, width)
+            arrangement = Arrangement(self._vectors, slots, self.rows, width, self.level)
+            self._arranged[key] = arrangement
             self._evict()
         self._arranged.move_to_end(key)
         arrangement.put(self.weights)
@@ -260,7 +337,18 @@ class Ensemble:
         if self.rows:
             width = max(width, min(_SEATS, len(attached)), 0 if old is None else old.width)
         slots = tuple(attached) if count >= len(attached) else _seated(acting, (-1,) * count)
-        return Arrangement(self._vectors, slots, self.rows, width, fixed=True)
+        return Arrangement(self._vectors, slots, self.rows, width, self.level, fixed=True)
+
+
+def _ranges(
+    edges: dict[int, tuple[float, ...]], log_snr: Tensor
+) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Returns the range of each task with windows, one for all rows or one for each."""
+    if bool(log_snr.isnan().any()):
+        raise DiffScalerError("a noise level is a log-SNR, got NaN")
+    found = {slot: ranges_of(own, log_snr).flatten().tolist() for slot, own in edges.items()}
+    alike = all(len(set(own)) == 1 for own in found.values())
+    return tuple((slot, tuple(own[:1] if alike else own)) for slot, own in found.items())
 
 
 def _seated(acting: Sequence[int], old: Sequence[int]) -> tuple[int, ...]:

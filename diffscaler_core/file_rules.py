@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .affiner import ACTIVATIONS, TENSORS
 from .classes import CLASSES, ROWS
-from .errors import TaskFileError, first_names, shown
+from .errors import DiffScalerError, TaskFileError, first_names, shown
 from .methods import METHODS
 from .task import CONTROL_EMBEDDINGS
+from .windows import read_windows
 
 COMPONENTS = ("transformer", "transformer_2", "unet")
 EXTRAS = ("control", "classes")
@@ -71,6 +72,7 @@ def check_config(
         )
     _check_prompts(file, config.get("prompts", ()), shapes)
     _check_control(file, config.get("control"), grouped(shapes, "control."))
+    _check_windows(file, config.get("windows"), grouped(shapes))
     rows = {name: shape for name, shape in shapes.items() if name.startswith(CLASSES)}
     _check_classes(file, config.get("classes"), config.get("class_table"), rows)
 
@@ -138,6 +140,26 @@ def _check_control(
     components = [name.split(".")[1] for name in layers]
     if len(set(components)) < len(components):
         raise TaskFileError(f"{file!r} has two control affiners for one model; a task has one")
+
+
+def _check_windows(
+    file: str, facts: Any, layers: Mapping[str, Mapping[str, tuple[int, ...]]]
+) -> None:
+    """Checks that there is a window for each hidden unit, and none for any other."""
+    if facts is None:
+        return
+    try:
+        windows = read_windows(facts)
+    except DiffScalerError as error:
+        raise TaskFileError(f"{file!r}: config entry 'windows': {error}") from error
+    ranks = {name: own["down"][0] for name, own in layers.items() if "down" in own}
+    odd = [name for name, rank in ranks.items() if windows.of(name).rank != rank]
+    odd += [name for name in windows.runs if name != "default" and name not in ranks]
+    if odd or not ranks:
+        raise TaskFileError(
+            f"{file!r}: config entry 'windows' tells of other hidden units than there are, in "
+            f"{len(odd)} layers: {first_names(odd) or 'it has no subspace'}"
+        )
 
 
 def _check_classes(

@@ -39,6 +39,8 @@ from .tensor_file import ChangedError, read_tensors
 from .version import __version__
 
 FORMAT = "1"
+#: Of a task whose hidden units act by noise level: a reader that runs them all would be wrong.
+FORMAT_WINDOWS = "2"
 MAX_CONFIG = 2**20
 _TRIES = 20
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -206,10 +208,11 @@ def read_header(path: str | Path) -> Header:
 def _read_config(file: str, header: Header) -> dict[str, Any]:
     entries, metadata = header
     version = metadata["diffscaler.format"]
-    if version != FORMAT:
+    if version not in (FORMAT, FORMAT_WINDOWS):
         raise TaskFileError(
-            f"{file!r} has format version {shown(version)}; this release reads {FORMAT!r}: "
-            f"update DiffScaler ({__version__}), or save the task again with an older one"
+            f"{file!r} has format version {shown(version)}; this release reads {FORMAT!r} and "
+            f"{FORMAT_WINDOWS!r}: update DiffScaler ({__version__}), or save the task again with "
+            f"an older one"
         )
     raw = metadata.get("diffscaler.config", "")
     if len(raw) > MAX_CONFIG:
@@ -219,6 +222,11 @@ def _read_config(file: str, header: Header) -> dict[str, Any]:
     shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
     check_layers(file, shapes)
     check_config(file, config, shapes)
+    if (config.get("windows") is not None) != (version == FORMAT_WINDOWS):
+        raise TaskFileError(
+            f"{file!r} has format version {version!r}, which is that of tasks "
+            f"{'without' if version == FORMAT else 'with'} windows; download it again"
+        )
     return config
 
 
@@ -259,7 +267,7 @@ def _encode(task: TaskAdapter, tensors: dict[str, Tensor]) -> bytes:
     architecture = family.modelspec if family else "unknown"
     metadata = {
         "format": "pt",
-        "diffscaler.format": FORMAT,
+        "diffscaler.format": FORMAT_WINDOWS if task.is_timed else FORMAT,
         "diffscaler.config": _to_json(config),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{architecture}/diffscaler",

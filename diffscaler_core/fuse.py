@@ -57,7 +57,8 @@ def fuse_diffscaler(
     if bound:
         raise DiffScalerError(
             f"cannot fuse {', '.join(sorted(bound))}: weights act in every step and everywhere, a "
-            f"schedule or mask does not; set_diffscaler without them first"
+            f"schedule, a mask or hidden units of some noise levels do not; set_diffscaler without "
+            f"them, if there is a schedule or mask"
         )
     if not all(state.enabled for state in states_of(pipe)):
         raise DiffScalerError("tasks are disabled; call enable_diffscaler() before fusing")

@@ -24,6 +24,7 @@ from .affiner import (
     apply_folded,
     corrected,
     fold_alone,
+    windowed,
 )
 
 
@@ -54,13 +55,31 @@ def stack_groups(groups: Sequence[Folded | None]) -> Folded:
     )
 
 
-def apply_stacked(x: Tensor, y: Tensor, folded: Folded) -> Tensor:
+def group_windows(windows: Sequence[Tensor | None] | None, stacked: Folded) -> Tensor | None:
+    """Returns what the hidden units of stacked groups are multiplied with, (B, R); None: 1.
+
+    Args:
+        windows: Of each group, (1 or rows of a group, R of its own) or None; or None for all.
+        stacked: From `stack_groups`.
+    """
+    if windows is None or stacked.down is None:
+        return None
+    rank, most = stacked.down.shape[1], max(len(own) for own in windows if own is not None)
+    rows = []
+    for own in windows:
+        own = stacked.down.new_ones(1, rank) if own is None else own
+        rows.append(F.pad(own, (0, rank - own.shape[1])).expand(most, -1))
+    return torch.cat(rows)
+
+
+def apply_stacked(x: Tensor, y: Tensor, folded: Folded, window: Tensor | None = None) -> Tensor:
     """Returns a Linear's output, every group corrected by its own task.
 
     Args:
         x: The layer's input, (…, C_in), rows of a group together.
         y: The layer's output, (…, C_out); not modified.
         folded: From `stack_groups`, on y's device and in y's dtype.
+        window: From `group_windows`.
     """
     like = next(iter(folded.tensors()))
     y_groups = y.reshape(len(like), -1, y.shape[-1])
@@ -69,6 +88,9 @@ def apply_stacked(x: Tensor, y: Tensor, folded: Folded) -> Tensor:
         x_groups = x.to(y.device, y.dtype).reshape(len(like), -1, x.shape[-1])
         hidden = torch.bmm(x_groups, folded.down.transpose(1, 2))
         hidden = activated(hidden, folded.floor, folded.linear)
+        if window is not None:
+            by_row = hidden.reshape(len(window), -1, hidden.shape[-1])
+            hidden = (by_row * window.to(hidden.dtype).unsqueeze(1)).view(hidden.shape)
         up = folded.up.transpose(1, 2)
         if correction is None:
             correction = torch.bmm(hidden, up)
@@ -78,7 +100,11 @@ def apply_stacked(x: Tensor, y: Tensor, folded: Folded) -> Tensor:
 
 
 def apply_each(
-    x: Tensor, y: Tensor, groups: Sequence[Folded | None], geometry: ConvGeometry
+    x: Tensor,
+    y: Tensor,
+    groups: Sequence[Folded | None],
+    geometry: ConvGeometry,
+    windows: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """Returns a convolution's output, every group corrected by its own task.
 
@@ -87,12 +113,17 @@ def apply_each(
         y: The layer's output, (B, C_out, *size); not modified.
         groups: From `fold_groups`.
         geometry: The convolution's geometry.
+        windows: Of each group, (1 or rows of a group, R) or None; None: all units act.
     """
     parts = []
-    chunks = zip(x.chunk(len(groups)), y.chunk(len(groups)), groups, strict=True)
-    for x_own, y_own, folded in chunks:
+    windows = [None] * len(groups) if windows is None else windows
+    chunks = zip(x.chunk(len(groups)), y.chunk(len(groups)), groups, windows, strict=True)
+    for x_own, y_own, folded, window in chunks:
         if folded is not None:
-            y_own = apply_folded(x_own, y_own, folded.to(y.device, y.dtype), geometry)
+            window = window[0] if window is not None and len(window) == 1 else window
+            repeats = 1 if window is None or window.ndim == 1 else len(y_own) // len(window)
+            folded = windowed(folded, window).to(y.device, y.dtype)
+            y_own = apply_folded(x_own, y_own, folded, geometry, repeats)
         parts.append(y_own)
     return torch.cat(parts)
 

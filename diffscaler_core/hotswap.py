@@ -26,9 +26,10 @@ def check_hotswap(
     Raises:
         MismatchError: It does not fit; the attachment is as it was.
     """
+    usual = {"activation": "relu", "scale_includes_bias": False, "windows": None}
     facts: list[tuple[str, Any, Any]] = [
         (fact, old.info.get(fact, default), new.info.get(fact, default))
-        for fact, default in (("activation", "relu"), ("scale_includes_bias", False))
+        for fact, default in usual.items()
     ]
     tables = [task.info.get("class_table") or {} for task in (old, new)]
     facts.append(("count of new classes", len(old.new_classes), len(new.new_classes)))

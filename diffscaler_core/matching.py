@@ -60,7 +60,7 @@ def fit(model: nn.Module, tasks: Mapping[str, TaskAdapter], component: str) -> F
     classes = match_classes(model, tasks, rows)
     own = type(model).__name__
     return Fitted(
-        build_stacks(tasks, layers, modules, own),
+        build_stacks(tasks, layers, modules, own, component),
         modules,
         build_controls(tasks, controls, embeddings, own),
         embeddings,
@@ -113,9 +113,11 @@ def build_stacks(
     layers: Mapping[str, Mapping[str, Mapping[str, Tensor]]],
     modules: Mapping[str, nn.Module],
     class_name: str = "",
+    component: str = "transformer",
 ) -> dict[str, AffinerStack]:
     """Returns one stack per module, holding the affiners of every task that has that layer."""
     names = list(tasks)
+    windows = {name: task.component_windows(component) for name, task in tasks.items()}
     stacks: dict[str, AffinerStack] = {}
     for layer, module in modules.items():
         here = [name for name in names if layer in layers[name]]
@@ -125,7 +127,10 @@ def build_stacks(
         )
         stacks[layer] = AffinerStack(
             layer,
-            [affiner_from(layers[name][layer], tasks[name].info) for name in here],
+            [
+                affiner_from(layers[name][layer], tasks[name].info, windows[name].get(layer))
+                for name in here
+            ],
             [names.index(name) for name in here],
             bias_of(layer, module) if bias_counts else None,
             geometry_of(module),

@@ -1,4 +1,4 @@
-"""Schedules in diffusers: where in sampling a call of the denoiser is, read off its scheduler.
+"""Where in sampling a call of diffusers' denoiser is, and at which noise level: by its scheduler.
 
 No callback and no hook on the scheduler: what it holds when the denoiser is called says enough.
 Percents are those of ComfyUI, so a schedule means the same in both hosts:
@@ -7,13 +7,15 @@ Percents are those of ComfyUI, so a schedule means the same in both hosts:
   scheduler's `shift`, or e^μ of a shift that depends on the size that is drawn;
 - noise or v prediction on discrete times 0 … N − 1: 1 − timestep / (N − 1);
 - continuous noise levels (EDM): linear in log σ, from the highest to the lowest.
+
+Noise levels are log-SNRs λ = 2 ln(α/σ), which tasks with windows go by (`windows.py`).
 """
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -34,39 +36,67 @@ def percent_of(call: Call, pipe: Any) -> float:
     Raises:
         DiffScalerError: No scheduler, or one whose time nobody knows.
     """
+    scheduler = _scheduler(call, pipe, "has a schedule", "set no schedule")
+    mu = call.running.get("mu") if scheduler.config.get("use_dynamic_shifting") else None
+    return _now(_known, call, scheduler, mu, lambda: _percents(scheduler, mu))
+
+
+def log_snr_of(call: Call, pipe: Any) -> float:
+    """Returns the noise level, as log-SNR, at which a call of the denoiser is made.
+
+    Args:
+        call: The call.
+        pipe: The pipeline whose scheduler counts the steps, or None.
+
+    Raises:
+        DiffScalerError: No scheduler, or one whose noise nobody knows.
+    """
+    scheduler = _scheduler(call, pipe, "acts by noise level", "attach it and say set_time(log_snr)")
+    return _now(_levels, call, scheduler, None, lambda: _log_snrs(scheduler))
+
+
+def _scheduler(call: Call, pipe: Any, what: str, instead: str) -> Any:
     scheduler = getattr(pipe, "scheduler", None)
     if scheduler is None:
         raise DiffScalerError(
-            f"a task has a schedule, but no pipeline with a scheduler shows where in sampling this "
-            f"call of {type(call.model).__name__} is: call it in one, or set no schedule"
+            f"a task {what}, but no pipeline with a scheduler shows where in sampling this "
+            f"call of {type(call.model).__name__} is: call it in one, or {instead}"
         )
-    mu = call.running.get("mu") if scheduler.config.get("use_dynamic_shifting") else None
-    known = _known.get(scheduler)
-    if known is None or known.timesteps is not scheduler.timesteps or known.mu != mu:
-        # once per sampling, as the numbers may lie on a GPU
-        known = _Percents(scheduler.timesteps, mu, _percents(scheduler, mu))
-        _known[scheduler] = known
-    return known.percents[min(call.index(scheduler), len(known.percents) - 1)]
+    return scheduler
 
 
-class _Percents(NamedTuple):
-    """The percents of all steps of one sampling, and what they were computed from."""
+class _OfSteps(NamedTuple):
+    """A number for each step of one sampling, and what these were computed from."""
 
     timesteps: Any
     mu: Any
-    percents: list[float]
+    numbers: list[float]
 
 
-_known: weakref.WeakKeyDictionary[Any, _Percents] = weakref.WeakKeyDictionary()
+_Remembered = weakref.WeakKeyDictionary[Any, _OfSteps]
+_known: _Remembered = weakref.WeakKeyDictionary()
+_levels: _Remembered = weakref.WeakKeyDictionary()
+
+
+def _now(
+    remembered: _Remembered,
+    call: Call,
+    scheduler: Any,
+    mu: Any,
+    make: Callable[[], list[float]],
+) -> float:
+    """Returns the number of the step that a call is for."""
+    known = remembered.get(scheduler)
+    if known is None or known.timesteps is not scheduler.timesteps or known.mu != mu:
+        # once per sampling, as the numbers may lie on a GPU
+        remembered[scheduler] = known = _OfSteps(scheduler.timesteps, mu, make())
+    return known.numbers[min(call.index(scheduler), len(known.numbers) - 1)]
 
 
 def _percents(scheduler: Any, mu: Any) -> list[float]:
     """Returns the percent of each of a scheduler's timesteps."""
     config = scheduler.config
-    times = [float(time) for time in _listed(scheduler.timesteps)]
-    sigmas = [float(sigma) for sigma in _listed(getattr(scheduler, "sigmas", ()))]
-    if len(sigmas) not in (len(times), len(times) + 1):  # the last is where sampling ends
-        sigmas = []
+    times, sigmas = _times(scheduler)
     discrete = hasattr(scheduler, "alphas_cumprod")
     counted = discrete and config.get("timestep_type", "discrete") == "discrete"
     lowest, highest = config.get("sigma_min"), config.get("sigma_max")
@@ -85,6 +115,41 @@ def _percents(scheduler: Any, mu: Any) -> list[float]:
             f"run with it; use a flow-matching, DDIM-, DPM- or EDM-like one, or no schedule"
         )
     return [min(max(percent, 0.0), 1.0) for percent in found[: len(times)]]
+
+
+def _log_snrs(scheduler: Any) -> list[float]:
+    """Returns λ at each of a scheduler's timesteps."""
+    config = scheduler.config
+    times, sigmas = _times(scheduler)
+    table = getattr(scheduler, "alphas_cumprod", None)
+    is_flow = config.get("use_flow_sigmas") or (table is None and config.get("sigma_max") is None)
+    if sigmas and is_flow:  # x_t = (1 − σ) x0 + σ ε
+        sigmas = [1 - sigma for sigma in sigmas] if config.get("invert_sigmas") else sigmas
+        return [2 * (_log(1 - sigma) - _log(sigma)) for sigma in sigmas[: len(times)]]
+    if sigmas:  # x = x0 + σ ε, on whatever scale
+        data = config.get("sigma_data") or 1.0
+        return [2 * _log(data / sigma) if sigma else math.inf for sigma in sigmas[: len(times)]]
+    if table is None:
+        raise DiffScalerError(
+            f"cannot tell the noise level of a {type(scheduler).__name__}, so no task that acts by "
+            f"noise level can run with it; use a flow-matching, DDIM-, DPM- or EDM-like one"
+        )
+    kept = [float(value) for value in _listed(table)]
+    found = [kept[min(max(round(time), 0), len(kept) - 1)] for time in times]
+    return [_log(value) - _log(1 - value) for value in found]
+
+
+def _times(scheduler: Any) -> tuple[list[float], list[float]]:
+    """Returns a scheduler's timesteps, and its sigmas if it has one for each."""
+    times = [float(time) for time in _listed(scheduler.timesteps)]
+    sigmas = [float(sigma) for sigma in _listed(getattr(scheduler, "sigmas", ()))]
+    if len(sigmas) not in (len(times), len(times) + 1):  # the last is where sampling ends
+        sigmas = []
+    return times, sigmas
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf
 
 
 def _shift(scheduler: Any, mu: Any) -> float:

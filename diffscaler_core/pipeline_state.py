@@ -24,11 +24,12 @@ from .pipeline_caches import forget_steps, leaves_rows_out
 from .pipeline_call import Call, spread
 from .pipeline_regions import RegionRequest, layout_for
 from .pipeline_rows import RowRequest, mixes_of, times, with_controls
-from .pipeline_schedule import percent_of
+from .pipeline_schedule import log_snr_of, percent_of
 from .schedule import Factors, Schedule
 from .targets import resolve
 from .task import TaskAdapter
 from .token_layout import TokenLayout
+from .windows import ranges_of
 
 if TYPE_CHECKING:
     from .control_request import ControlRequest
@@ -104,6 +105,7 @@ class ModelState:
     def adopt(self, attachment: Attachment) -> None:
         """Puts a new attachment in place of the old one, and the state on the model."""
         old, self.attachment = self.attachment, attachment
+        attachment.set_time(0.0)  # every call says its own, before anything runs
         self._gates = ({}, None)
         if old is not None:
             old.remove()
@@ -264,7 +266,7 @@ class ModelState:
         """Makes the next call look at its batch, if there is anything to look for."""
         self._situation = None
         given = self.rows is not None or self.held or self.contexts or self.regions is not None
-        self.settled = not (given or self._scheduled() or self._unmet())
+        self.settled = not (given or self._scheduled() or self._timed() or self._unmet())
 
     def schedule_of(self, name: str) -> Schedule | None:
         """Returns how a task's strength goes over sampling time, None: it stays."""
@@ -273,18 +275,26 @@ class ModelState:
         return None if own == Schedule() else own
 
     def is_bound(self, name: str) -> bool:
-        """Says whether a task has a schedule or a mask."""
+        """Says whether a task has a schedule, a mask, or units that act by noise level."""
         masked = self.regions is not None and name in self.regions.masks
-        return masked or self.schedule_of(name) is not None
+        timed = name in self.tasks and self.tasks[name].is_timed
+        return masked or timed or self.schedule_of(name) is not None
 
     def _scheduled(self) -> dict[str, Schedule]:
         """Returns the schedules of the tasks that may act."""
+        found = {name: self.schedule_of(name) for name in self._may_act()}
+        return {name: schedule for name, schedule in found.items() if schedule is not None}
+
+    def _timed(self) -> list[str]:
+        """Returns the tasks that may act whose hidden units act by noise level."""
+        return [name for name in self._may_act() if self.tasks[name].is_timed]
+
+    def _may_act(self) -> list[str]:
         if self.attachment is None or not self.enabled:
-            return {}
+            return []
         asked = {own.name for own in (*self.held, *self.contexts)} | self.weights.keys()
         names = self.attachment.names if self.rows is not None else asked
-        found = {name: self.schedule_of(name) for name in self.attachment.names if name in names}
-        return {name: schedule for name, schedule in found.items() if schedule is not None}
+        return [name for name in self.attachment.names if name in names and name in self.tasks]
 
     @torch.compiler.disable  # what is set between calls is never inside a graph
     def settle(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -304,7 +314,8 @@ class ModelState:
         own = {name: request.situation(call) for name, request in requests.items()}
         factors = self._factors(call)
         places = None if self.regions is None else self.regions.situation(call)
-        situation = (call.batch, call.prompts, own, factors, places)
+        level, ranges = self._level(call)
+        situation = (call.batch, call.prompts, own, factors, places, ranges)
         if situation == self._situation:
             return
         self._situation = None
@@ -314,6 +325,8 @@ class ModelState:
         pictures = {n: control for n, control in controls.items() if control is not None}
         self._check_rows_stay(pictures, masks)
         with self.attachment.together():
+            if level is not None:
+                self.attachment.set_time(level)
             if self.rows is None:
                 acting = with_controls(self._wanted(), requests, controls)
                 self.attachment.set_weights(times(acting, factors))
@@ -341,6 +354,15 @@ class ModelState:
         schedules = self._scheduled()
         percent = percent_of(call, self._pipe_of(call)) if schedules else 0.0
         return {name: schedule.at(percent) for name, schedule in schedules.items()}
+
+    def _level(self, call: Call) -> tuple[float | None, tuple[int, ...]]:
+        """Returns the noise level of a call, if a task goes by it, and each such task's range."""
+        windows = [self.tasks[name].windows for name in self._timed()]
+        if not windows:
+            return None, ()
+        level = log_snr_of(call, self._pipe_of(call))
+        known = torch.tensor(level)
+        return level, tuple(int(ranges_of(own.edges, known)) for own in windows if own is not None)
 
     def _masks(self, call: Call) -> dict[str, Tensor]:
         """Returns the masks of the regions for a call, name -> (1 or batch, 1, H, W)."""

@@ -142,6 +142,7 @@ def factors_for(
     gates: Tensor,
     geometry: ConvGeometry | None = None,
     row_repeats: int = 1,
+    window: Tensor | None = None,
 ) -> Factors:
     """Returns what the units and scales are multiplied with; the same as long as its inputs are.
 
@@ -153,16 +154,22 @@ def factors_for(
         geometry: The convolution's geometry, None for a Linear.
         row_repeats: With rows of strengths: how many consecutive leading entries of y belong to one
             row (or of its tokens, where all rows make one run of tokens).
+        window: What each hidden unit is multiplied with beside, (1 or B, H); None: 1.
     """
     weights = weights.to(y.device, torch.float32)
     if weights.ndim == 2:
         weights = weights.unsqueeze(0)
     elif row_repeats > 1:
         weights = weights.repeat_interleave(row_repeats, dim=0)
+    if window is not None:
+        window = window.to(y.device)
+        if row_repeats > 1 and len(window) > 1:
+            window = window.repeat_interleave(row_repeats, dim=0)
     one_run = geometry is None and y.ndim > 2 and y.shape[0] == 1 < len(weights)
 
-    def spread(slots: Tensor, parts: Tensor | int) -> Tensor:
+    def spread(slots: Tensor, parts: Tensor | int, window: Tensor | None = None) -> Tensor:
         own = weights[:, slots, parts]
+        own = own if window is None else own * window
         if geometry is not None:
             return own.view(*own.shape, *(1,) * len(geometry.stride)) * gates.index_select(1, slots)
         if y.ndim == 2:
@@ -175,7 +182,7 @@ def factors_for(
         return own
 
     return Factors(
-        units=None if folded.up is None else spread(*folded.units).to(y.dtype),
+        units=None if folded.up is None else spread(*folded.units, window).to(y.dtype),
         scales=None if folded.scale is None else spread(folded.scales, _SCALE).to(y.dtype),
     )
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .affiner import Affiner, ConvGeometry
 from .regional import Factors, RegionalFold, factors_for, fold_regional
 from .regions import Regions
+from .windows import NoiseLevel, joined
 
 Place = tuple[torch.device, torch.dtype]
 
@@ -48,15 +50,23 @@ class RegionalForms:
         regions: The masks.
         slots: The tasks that act.
         weights: Their strengths among all tasks, (S, 3), or (B, S, 3) with rows.
+        level: The noise level of the next call, for tasks with windows.
     """
 
-    def __init__(self, regions: Regions, slots: tuple[int, ...], weights: Tensor) -> None:
+    def __init__(
+        self,
+        regions: Regions,
+        slots: tuple[int, ...],
+        weights: Tensor,
+        level: NoiseLevel | None = None,
+    ) -> None:
         self.regions, self.slots, self._weights = regions, slots, weights
+        self._level = NoiseLevel() if level is None else level
         self._folded: dict[tuple[str, Place], tuple[RegionalFold, tuple[object, ...]] | None] = {}
         self._factors: dict[tuple[object, ...], tuple[Factors, Tensor]] = {}
 
     def put(self, weights: Tensor) -> None:
-        """Takes other strengths of the same tasks."""
+        """Takes other strengths of the same tasks, or another noise level."""
         self._weights = weights
         self._factors.clear()
 
@@ -87,10 +97,27 @@ class RegionalForms:
         if same not in self._factors:
             with torch.inference_mode(False), torch.no_grad():
                 factors = factors_for(
-                    y, folded, self._weights, gates, asked.geometry, asked.row_repeats
+                    y,
+                    folded,
+                    self._weights,
+                    gates,
+                    asked.geometry,
+                    asked.row_repeats,
+                    self._window(affiners, folded),
                 )
             self._factors[same] = factors, gates
         return Regional(folded, self._factors[same][0])
+
+    def _window(self, affiners: dict[int, Affiner], folded: RegionalFold) -> Tensor | None:
+        """Returns which hidden units act at the noise level, (1 or B, H); None: all."""
+        here = [affiners[slot] for slot in self.slots if slot in affiners]
+        windows = joined([own.windows for own in here], [own.rank for own in here])
+        if windows is None:
+            return None
+        window = torch.atleast_2d(self._level.window(windows))
+        window = window if self._weights.ndim == 3 else window[:1]  # all rows are in one range
+        constant = len(folded.units[0]) - window.shape[1]
+        return F.pad(window, (0, constant), value=1.0)
 
     def _fold(
         self, affiners: dict[int, Affiner], bias: Tensor | None, place: Place
@@ -100,7 +127,8 @@ class RegionalForms:
             return None
         folded = fold_regional([affiners[slot] for slot in here], bias, here)
         tables = (*folded.units, folded.scales)
-        structure = (place, *(tuple(table.tolist()) for table in tables))
+        windows = tuple(affiners[slot].windows for slot in here)
+        structure = (place, windows, *(tuple(table.tolist()) for table in tables))
         return folded.to(*place), structure
 
 

@@ -70,6 +70,11 @@ def resize_task(
         raise DiffScalerError(f"energy is a share above 0 and at most 1, got {energy}")
     if not any("down" in tensors for tensors in task.layers.values()):
         raise DiffScalerError(f"task {task.name!r} has no subspace, so it has no rank to change")
+    if task.is_timed:
+        raise DiffScalerError(
+            f"the hidden units of task {task.name!r} act at different noise levels, so its rank "
+            f"cannot be changed: train it at another rank"
+        )
     linear = str(task.info.get("activation", "relu")) == "identity"
     layers: dict[str, dict[str, Tensor]] = {}
     errors: dict[str, float] = {}

@@ -13,19 +13,20 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .affiner import PARTS, Affiner, ConvGeometry, apply_folded, fold, fold_alone
+from .affiner import PARTS, Affiner, ConvGeometry, apply_folded, fold, fold_alone, windowed
 from .affiner_grad import affine, is_plain
 from .arrangement import Arrangement, Ready
 from .ensemble import Ensemble
 from .errors import DiffScalerError
 from .forms import apply_form, product_of
-from .groups import apply_each, apply_stacked, fold_groups, stack_groups
+from .groups import apply_each, apply_stacked, fold_groups, group_windows, stack_groups
 from .kernels import finish, serves
 from .layer_tasks import Layer, version_of
 from .regional import apply_factors
 from .regional_forms import Question
 from .scales import ScaleWatch
 from .siblings import Offer, Shared, Siblings
+from .windows import check_rows, joined
 
 _NOBODY = -1
 
@@ -194,16 +195,39 @@ class AffinerStack(nn.Module):
         return y if alone == _NOBODY else self._apply_alone(x, y, alone)
 
     def _apply_alone(self, x: Tensor, y: Tensor, which: int) -> Tensor:
-        folded = fold_alone(self._affiners()[which], self.layer.bias, y.device)
+        affiner = self._affiners()[which]
+        folded = fold_alone(affiner, self.layer.bias, y.device)
+        window = self._window([affiner], y)
+        repeats = 1 if window is None or window.ndim == 1 else self._row_repeats(y, len(window))
         if self._is_lean(x, y):
-            return affine(x, y, folded, self.name, shared=self._share(x, y))
-        return apply_folded(x, y, folded.to(y.device, y.dtype), self.geometry)
+            rows = None if window is None else torch.atleast_2d(window)
+            return affine(x, y, folded, self.name, shared=self._share(x, y), window=rows)
+        folded = windowed(folded, window)
+        return apply_folded(x, y, folded.to(y.device, y.dtype), self.geometry, repeats)
 
     def _apply_folded_now(self, x: Tensor, y: Tensor) -> Tensor:
-        weights = self._own_weights()
-        folded = fold(self._affiners(), weights.to(y.device), self.layer.bias)
-        repeats = self._row_repeats(y, len(weights)) if weights.ndim == 3 else 1
+        weights, affiners = self._own_weights(), self._affiners()
+        folded = fold(affiners, weights.to(y.device), self.layer.bias)
+        window = self._window(affiners, y)
+        rows = len(weights) if weights.ndim == 3 else 0
+        if window is not None and window.ndim == 2:
+            rows = len(window)
+            check_rows(len(weights) if weights.ndim == 3 else rows, rows)
+        folded = windowed(folded, window)
+        repeats = self._row_repeats(y, rows) if rows else 1
         return apply_folded(x, y, folded.to(y.device, y.dtype), self.geometry, repeats)
+
+    def _window(self, affiners: Sequence[Affiner | None], y: Tensor) -> Tensor | None:
+        """Returns what the hidden units of these affiners are multiplied with at this noise level.
+
+        (ΣR,), or (B, ΣR) by row, on y's device; None: all act.
+        """
+        own = [affiner for affiner in affiners if affiner is not None]
+        if all(affiner.windows is None for affiner in own):
+            return None
+        windows = joined([a.windows for a in own], [a.rank for a in own])
+        assert windows is not None
+        return self.ensemble.level.window(windows).to(y.device)
 
     def _apply_traced(self, x: Tensor, y: Tensor) -> Tensor:
         """Applies in a way that compiled code can follow."""
@@ -291,14 +315,32 @@ class AffinerStack(nn.Module):
         affiners = self._affiners()
         chosen = [None if i < 0 else affiners[i] for i in groups]
         folded = fold_groups(chosen, self.layer.bias, y.device)
+        windows = self._group_windows(chosen, y)
         if self.geometry is not None:
-            return apply_each(x, y, folded, self.geometry)
+            return apply_each(x, y, folded, self.geometry, windows)
         if all(own is None for own in folded):
             return y
         stacked = stack_groups(folded)
+        window = group_windows(windows, stacked)
         if live and self._is_lean(x, y):
-            return affine(x, y, stacked, self.name, len(groups))
-        return apply_stacked(x, y, stacked.to(y.device, y.dtype))
+            return affine(x, y, stacked, self.name, len(groups), window=window)
+        return apply_stacked(x, y, stacked.to(y.device, y.dtype), window)
+
+    def _group_windows(
+        self, chosen: Sequence[Affiner | None], y: Tensor
+    ) -> list[Tensor | None] | None:
+        """Returns each group's window, (1 or rows of the group, R); None: all units act."""
+        if all(own is None or own.windows is None for own in chosen):
+            return None
+        found: list[Tensor | None] = []
+        for i, own in enumerate(chosen):
+            window = self._window([own], y)
+            if window is not None and window.ndim == 2:
+                check_rows(len(window) // len(chosen) * len(chosen), len(window))
+                window = window.chunk(len(chosen))[i]
+                self._row_repeats(y, len(window) * len(chosen))
+            found.append(None if window is None else torch.atleast_2d(window))
+        return found
 
     def settle(self, device: torch.device, dtype: torch.dtype) -> None:
         """Lays the tasks out now for this device and dtype, so that the first call need not."""

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -29,6 +30,7 @@ from .targets import (
     pattern_value,
     resolve,
 )
+from .windows import TaskWindows, UnitWindows, WindowPlan, planned, read_windows
 
 Layers = Mapping[str, Mapping[str, Tensor]]
 
@@ -134,6 +136,28 @@ class TaskAdapter:
             if name.startswith(prefix)
         }
 
+    @cached_property
+    def windows(self) -> TaskWindows | None:
+        """When its hidden units act (see `windows.py`); None: at every noise level."""
+        facts = self.info.get("windows")
+        return None if facts is None else read_windows(facts)
+
+    @property
+    def is_timed(self) -> bool:
+        """Says whether what it does depends on the noise level, so that it must be told."""
+        return self.info.get("windows") is not None
+
+    def component_windows(self, component: str) -> dict[str, UnitWindows]:
+        """Returns when the units of one component's layers act, under their module names."""
+        windows = self.windows
+        if windows is None:
+            return {}
+        return {
+            name: windows.of(f"{component}.{name}")
+            for name, own in self.component_layers(component).items()
+            if "down" in own
+        }
+
     @property
     def prompts(self) -> tuple[str, ...]:
         """Names of the stored prompts, in order."""
@@ -207,6 +231,7 @@ def new_task(
     control_embedding: str = "affiner",
     classes: Sequence[str] = (),
     class_start: int | None = None,
+    windows: WindowPlan | None = None,
     seed: int = 0,
 ) -> TaskAdapter:
     """Returns a task that changes nothing yet: attach it, train it, save it.
@@ -232,12 +257,15 @@ def new_task(
         control_embedding: A name in CONTROL_EMBEDDINGS.
         classes: Names of classes that the task brings to a class-conditional base.
         class_start: The class that these start from; None: the base's "no class".
+        windows: Which hidden units act at which noise level: `windows.expert_windows(N)` or
+            `windows.sliding_windows()`; None: all at every one.
         seed: Seed of the random D.
 
     Raises:
         UnknownNameError: No such method or activation, or a patch embedding nobody knows.
         DiffScalerError: No layer matches, a rank is not positive, a pattern of `rank_pattern`
-            matches nothing, or classes for a base that is told none.
+            matches nothing, classes for a base that is told none, or windows for a method without
+            subspaces or for too few hidden units.
     """
     if method not in METHODS:
         raise unknown("method", method, METHODS)
@@ -285,13 +313,21 @@ def new_task(
         "method": method,
         "parts": list(dict.fromkeys([*chosen.only, *chosen.parts])),
         "activation": activation,
-        "gain": gain,
+        "gain": gain * (1.0 if windows is None else windows.gain),
         "scale_includes_bias": chosen.scale_includes_bias,
         "ranks": {"default": rank, **{n: r for n, r in ranks.items() if r not in (rank, 0)}},
         "base": base_facts(model, [t for t in found if f"{component}.{t.name}" in layers]),
         "naming": "diffusers",
         **({"gamma_blocks": gamma_blocks} if chosen.only else {}),
     }
+    if windows is not None:
+        units = {name: len(own["down"]) for name, own in layers.items() if "down" in own}
+        if not units:
+            raise DiffScalerError(
+                f"method {method!r} has no hidden units to share out among noise levels: take one "
+                f"with a subspace, such as diffscaler or lora"
+            )
+        info["windows"] = planned(windows, units).facts
     extras: dict[str, Tensor] = {}
     if control is not None:
         target = embedding_of(model)

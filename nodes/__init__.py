@@ -11,8 +11,12 @@ from .compare_tasks import DiffScalerCompareTasks
 from .control import DiffScalerControl
 from .extract_task import DiffScalerExtractTask
 from .folders import register_folder
+from .guidance_loss import DiffScalerGuidanceLoss
+from .guide_model import DiffScalerGuideModel
 from .import_lora import DiffScalerImportLoRA
 from .load_task import DiffScalerLoadTask
+from .pick_task import DiffScalerPickTask
+from .route_experts import DiffScalerRouteExperts
 from .route_tasks import DiffScalerRouteTasks
 from .save_task import DiffScalerSaveTask
 from .scale_task import DiffScalerScaleTask
@@ -23,6 +27,7 @@ from .task_grid import DiffScalerTaskGrid
 from .task_info import DiffScalerTaskInfo
 from .train_task import DiffScalerTrainTask
 from .training_settings import DiffScalerTrainingSettings
+from .translate import DiffScalerTranslate
 
 NODES: list[type[io.ComfyNode]] = [
     DiffScalerLoadTask,
@@ -30,6 +35,7 @@ NODES: list[type[io.ComfyNode]] = [
     DiffScalerStackTasks,
     DiffScalerControl,
     DiffScalerRouteTasks,
+    DiffScalerRouteExperts,
     DiffScalerScheduleTask,
     DiffScalerCompareTasks,
     DiffScalerTaskGrid,
@@ -42,6 +48,10 @@ NODES: list[type[io.ComfyNode]] = [
     DiffScalerTrainTask,
     DiffScalerTrainingSettings,
     DiffScalerExtractTask,
+    DiffScalerPickTask,
+    DiffScalerTranslate,
+    DiffScalerGuidanceLoss,
+    DiffScalerGuideModel,
 ]
 
 

@@ -28,6 +28,7 @@ from ..diffscaler_core.scales import ScaleWatch
 from ..diffscaler_core.siblings import Siblings
 from ..diffscaler_core.targets import bias_of, geometry_of, resolve
 from ..diffscaler_core.tokens import embed_input
+from ..diffscaler_core.windows import UnitWindows
 from .keymap import is_reference_first, native_row_layout, native_token_form
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class TaskParameters(nn.Module):
         info: The task's facts (activation, gain, …).
         controls: Patch embedding of the model -> tensors of its control affiner.
         control_facts: `TaskAdapter.control_facts`.
+        windows: Layer -> when its hidden units act; others always do.
 
     Attributes:
         held_bytes: What ComfyUI was told last that they hold, with all that was computed from them.
@@ -59,8 +61,10 @@ class TaskParameters(nn.Module):
         info: Mapping[str, Any],
         controls: Mapping[str, Mapping[str, Tensor]] | None = None,
         control_facts: Mapping[str, Any] | None = None,
+        windows: Mapping[str, UnitWindows] | None = None,
     ) -> None:
         super().__init__()
+        self._windows = dict(windows or {})
         self._facts = dict(info), dict(control_facts or {})
         self.affiners: dict[str, Affiner] = {}
         self.controls: dict[str, Affiner] = {}
@@ -68,7 +72,8 @@ class TaskParameters(nn.Module):
         sources = (("", self.affiners, layers), (_CONTROL, self.controls, controls or {}))
         for (prefix, held, given), facts in zip(sources, self._facts, strict=True):
             for layer, tensors in given.items():
-                held[layer] = affiner = affiner_from(tensors, facts)
+                own = None if prefix else self._windows.get(layer)
+                held[layer] = affiner = affiner_from(tensors, facts, own)
                 for part, parameter in affiner.tensors().items():
                     name = f"{prefix}{layer.replace('.', '/')}/{part}"
                     self.register_parameter(name, parameter)
@@ -80,7 +85,7 @@ class TaskParameters(nn.Module):
         """Returns the same parameters once more, to be held on another device."""
         layers = {n: a.tensors() for n, a in self.affiners.items()}
         controls = {n: a.tensors() for n, a in self.controls.items()}
-        return TaskParameters(layers, self._facts[0], controls, self._facts[1])
+        return TaskParameters(layers, self._facts[0], controls, self._facts[1], self._windows)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Registers a parameter, also one that takes another's place; the affiner follows."""
@@ -233,6 +238,10 @@ class Carrier:
             for control in self._controls.values():
                 control.set_weights(weights)
         self._weights = weights
+
+    def set_time(self, log_snr: Tensor) -> None:
+        """Says at which noise level the next calls are, λ () or (B,), for tasks that go by it."""
+        self._ensemble.set_time(log_snr)
 
     def set_controls(self, controls: Mapping[int, Control]) -> None:
         """Gives control tasks their pictures, until the next call of this.

@@ -6,5 +6,6 @@ CATEGORY = "DiffScaler"
 
 Task = io.Custom("DIFFSCALER_TASK")
 Training = io.Custom("DIFFSCALER_TRAINING")
+Guidance = io.Custom("DIFFSCALER_GUIDANCE")
 #: ComfyUI's own: {"loss": [one number per step]}.
 LossMap = io.Custom("LOSS_MAP")

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ..diffscaler_core import TaskAdapter
+from ..diffscaler_core.windows import ranges_of
 from .carrier import TaskParameters
 from .control_conds import ControlRows
+from .noise import log_snr_of
 from .region_mask import RegionMask
 from .row_conds import Route, RowsOfCall
 from .sampling_time import percent_at
@@ -97,6 +99,21 @@ def weights_at(
     if bool((rows == rows[:1]).all()):
         return rows[0, :, None] * weights
     return rows[:, :, None] * weights
+
+
+def levels_at(entries: Sequence[Entry], model_sampling: Any, sigma: Tensor) -> Tensor | None:
+    """Returns the noise level of a call as log-SNR, (B,) on the CPU; None: no task goes by it."""
+    if not any(entry.task.is_timed for entry in entries):
+        return None
+    return log_snr_of(model_sampling, sigma.flatten().cpu())
+
+
+def ranges_at(entries: Sequence[Entry], levels: Tensor | None) -> list[object]:
+    """Returns which range each task that goes by noise levels is in: a change is another task."""
+    if levels is None:
+        return []
+    windows = [entry.task.windows for entry in entries]
+    return [ranges_of(own.edges, levels).tolist() for own in windows if own is not None]
 
 
 def factors_of(

@@ -113,22 +113,24 @@ def make_differentiable(base: nn.Module) -> None:
     for module in base.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_inference():
-                module._parameters[name] = nn.Parameter(_normal(parameter), requires_grad=False)
+                module._parameters[name] = nn.Parameter(
+                    normal_tensor(parameter), requires_grad=False
+                )
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_inference():
-                module._buffers[name] = _normal(buffer)
+                module._buffers[name] = normal_tensor(buffer)
         for name in _RESIDENT:
             weight = module.__dict__.get(name)
             if isinstance(weight, Tensor) and weight.is_inference():
-                module.__dict__[name] = _normal(weight)
+                module.__dict__[name] = normal_tensor(weight)
 
 
-def _normal(tensor: Tensor) -> Tensor:
+def normal_tensor(tensor: Tensor) -> Tensor:
     """Returns a tensor over the same memory that autograd may save."""
     data = tensor.data if isinstance(tensor, nn.Parameter) else tensor
     if is_traceable_wrapper_subclass(data):  # a quantised weight: over its parts' memory
         names, context = data.__tensor_flatten__()
-        parts = {name: _normal(getattr(data, name)) for name in names}
+        parts = {name: normal_tensor(getattr(data, name)) for name in names}
         rebuilt = type(data).__tensor_unflatten__(parts, context, data.size(), data.stride())
         return rebuilt  # type: ignore[no-any-return]
     empty = torch.empty(0, dtype=data.dtype, device=data.device)

@@ -39,8 +39,8 @@ def part_inputs() -> list[io.Input]:
     ]
 
 
-def range_inputs() -> list[io.Input]:
-    """Returns where in sampling a task is at work."""
+def range_inputs(what: str = "the task") -> list[io.Input]:
+    """Returns where in sampling something is at work."""
     return [
         io.Float.Input(
             "start_percent",
@@ -49,7 +49,7 @@ def range_inputs() -> list[io.Input]:
             max=1.0,
             step=0.001,
             optional=True,
-            tooltip="Where in sampling the task begins: 0 is the first step, pure noise.",
+            tooltip=f"Where in sampling {what} begins: 0 is the first step, pure noise.",
         ),
         io.Float.Input(
             "end_percent",
@@ -58,7 +58,7 @@ def range_inputs() -> list[io.Input]:
             max=1.0,
             step=0.001,
             optional=True,
-            tooltip="Where in sampling the task ends: 1 is the last step.",
+            tooltip=f"Where in sampling {what} ends: 1 is the last step.",
         ),
     ]
 

@@ -27,6 +27,7 @@ from ..diffscaler_core.layouts import (
 from ..diffscaler_core.matching import fits
 from ..diffscaler_core.targets import Target, all_targets
 from ..diffscaler_core.task import TaskAdapter
+from ..diffscaler_core.windows import UnitWindows, joined
 from .keymap_tables import ARCHITECTURES, Architecture
 
 PREFIX = "diffusion_model."
@@ -134,6 +135,23 @@ def native_layers(
         parts.setdefault(place.module, []).append((place.start, moved))
     _check(task, model, component, len(layers), missing, wrong + _doubled(parts))
     return {name: _joined(own, targets[name].out_features) for name, own in parts.items()}
+
+
+def native_windows(
+    task: TaskAdapter, model: Any, component: str | None = None
+) -> dict[str, UnitWindows]:
+    """Returns when the hidden units of a ComfyUI model's layers act, as `native_layers` has them.
+
+    Layers whose units always act are left out.
+    """
+    component = component or _component_for(task, model)
+    windows, places = task.component_windows(component), task_placements(task, model)
+    parts: dict[str, list[tuple[UnitWindows | None, int]]] = {}
+    for name, tensors in task.component_layers(component).items() if windows else ():
+        own = (windows.get(name), len(tensors.get("down", ())))
+        parts.setdefault(places[name].module, []).append(own)
+    found = {name: joined(*zip(*own, strict=True)) for name, own in parts.items()}
+    return {name: own for name, own in found.items() if own is not None}
 
 
 def native_controls(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..diffscaler_core import DiffScalerError
-from ..diffscaler_core.training.objective import Objective, spread
+from ..diffscaler_core.training.objective import Objective, log_snr, spread
 
 #: ComfyUI's class -> what the model says, the first that fits counts. EDM is v with the other sign.
 _KINDS: tuple[tuple[str, str], ...] = (
@@ -65,6 +65,26 @@ def noise_of(sampling: Any) -> Noise:
         cosmos = isinstance(sampling, _class("COSMOS_RFLOW"))
         return Noise(Objective("flow", 1.0), 1.0, _enter_cosmos if cosmos else _enter_flow)
     return _diffusion(sampling, kind)
+
+
+def log_snr_of(sampling: Any, sigma: Tensor) -> Tensor:
+    """Returns the log-SNR λ = 2 ln(α/σ) at noise levels as ComfyUI's samplers give them.
+
+    Raises:
+        DiffScalerError: It is no denoiser of pictures mixed with unit noise.
+    """
+    kind = next((k for name, k in _KINDS if isinstance(sampling, _class(name))), "")
+    if not kind:
+        raise DiffScalerError(
+            f"cannot tell the noise level of this model's sampling "
+            f"({', '.join(c.__name__ for c in type(sampling).__bases__)}), and a task here acts by "
+            f"noise level"
+        )
+    sigma = sigma.float()
+    if kind == "flow" and not isinstance(sampling, _class("COSMOS_RFLOW")):
+        return log_snr((1 - sigma).clamp(min=0), sigma)
+    data = float(getattr(sampling, "sigma_data", 1.0))
+    return log_snr(torch.full_like(sigma, data), sigma)
 
 
 def _enter_flow(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

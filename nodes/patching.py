@@ -25,7 +25,7 @@ from .carrier import Carrier, is_running
 from .context_window import check_window
 from .control_checks import check_vae, control_kind
 from .control_conds import PREFIX, ControlPicture, ControlRows, placed_conds
-from .entries import Entry, factors_of, weights_at
+from .entries import Entry, factors_of, levels_at, ranges_at, weights_at
 from .region_mask import RegionMask
 from .row_conds import ROUTE, Route, placed_rows, tasks_at
 from .step_caches import follow_rows, follow_step
@@ -229,7 +229,8 @@ class _Wrapper(_Stays):
         x, sigma = args[0], args[1]
         factors = factors_of(entries, routes, controls)
         weights = weights_at(entries, model.model_sampling, sigma, factors)
-        follow_rows(options, weights)
+        levels = levels_at(entries, model.model_sampling, sigma)
+        follow_rows(options, weights, ranges_at(entries, levels))
         check_window(options.get("context_window"), entries, controls, args[0].ndim)
         if not weights.any():
             return executor(*args, **kwargs)
@@ -237,6 +238,8 @@ class _Wrapper(_Stays):
         here = [i for i, e in enumerate(entries) if e.control is None or e.control in controls]
         entries, weights = [entries[i] for i in here], weights[..., here, :]
         carrier = _carrier(model, entries)
+        if levels is not None:
+            carrier.set_time(_by_row(levels, len(x)))
         changed = carrier.prepare(weights, x.device, model.get_dtype_inference())
         account([entry.parameters for entry in entries], changed)
         compiled, references = is_compiled(model, options), len(kwargs.get("ref_latents") or ())
@@ -292,8 +295,10 @@ class _Step(_Stays):
 
         def strengths() -> object:
             sampling = guider.inner_model.model_sampling
-            weights = weights_at(options.get(KEY, ()), sampling, sigma, None)
-            return weights.tolist(), tasks_at(guider.conds, sigma)
+            entries = options.get(KEY, ())
+            weights = weights_at(entries, sampling, sigma, None)
+            ranges = ranges_at(entries, levels_at(entries, sampling, sigma))
+            return weights.tolist(), ranges, tasks_at(guider.conds, sigma)
 
         follow_step(options, strengths)
         return executor(*args, **kwargs)
@@ -302,6 +307,12 @@ class _Step(_Stays):
 _WRAPPER = _Wrapper()
 _STEP = _Step()
 _PLACER = _Placer()
+
+
+def _by_row(levels: Tensor, rows: int) -> Tensor:
+    """Returns noise levels one for each row of a call, or one for all, ()."""
+    alike = len(levels) != rows or bool((levels == levels[:1]).all())
+    return levels[0] if alike else levels
 
 
 def _given(

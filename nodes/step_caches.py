@@ -1,15 +1,16 @@
 """Caches that reuse what an earlier step gave: ComfyUI's EasyCache and LazyCache.
 
-They watch how much the latents change, not which tasks run. So where a task's strength changes from
-one step to the next (a schedule, a range, a conditioning with a range that routes it), the cache is
-made as empty as at the start of sampling: what it would add is no longer what the model gives.
+They watch how much the latents change, not which tasks run. So where a task changes from one step
+to the next (its strength by a schedule, a range, a conditioning with a range that routes it; its
+hidden units by the noise level), the cache is made as empty as at the start of sampling: what it
+would add is no longer what the model gives.
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -28,12 +29,13 @@ _KEPT = (
 _last: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
 
 
-def follow_rows(options: Mapping[str, Any], weights: Tensor) -> None:
+def follow_rows(options: Mapping[str, Any], weights: Tensor, ranges: Sequence[object] = ()) -> None:
     """Empties the cache, should a conditioning's tasks have changed since its last call.
 
     Args:
         options: The call's `transformer_options`.
         weights: The strengths in force, (K, 3) for all rows or (B, K, 3), on the CPU.
+        ranges: Of noise that tasks are in whose hidden units act by noise level.
     """
     cache, uuids = options.get(_HOLDER), options.get("uuids")
     if cache is None or not uuids:
@@ -41,7 +43,7 @@ def follow_rows(options: Mapping[str, Any], weights: Tensor) -> None:
     rows = len(weights) // len(uuids)
     for i, uuid in enumerate(uuids):
         own = weights if weights.ndim == 2 else weights[i * rows : (i + 1) * rows]
-        _follow(cache, uuid, own.tolist())
+        _follow(cache, uuid, (own.tolist(), list(ranges)))
 
 
 def follow_step(options: Mapping[str, Any], strengths: Callable[[], object]) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from ..diffscaler_core import TaskAdapter
 from .carrier import TaskParameters
 from .control_checks import check_embedding
-from .keymap import native_controls, native_layers
+from .keymap import native_controls, native_layers, native_windows
 
 _patchers: weakref.WeakKeyDictionary[TaskAdapter, dict[Any, ModelPatcher]] = (
     weakref.WeakKeyDictionary()
@@ -56,7 +56,8 @@ def _new_or_known(
     shapes = tuple((name, tuple(t.shape)) for name, own in held for t in own.values())
     known = _known_of(task)
     if (shapes, place) not in known:
-        parameters = TaskParameters(layers, task.info, controls, task.control_facts)
+        windows = native_windows(task, model, component) if task.is_timed else {}
+        parameters = TaskParameters(layers, task.info, controls, task.control_facts, windows)
         known[shapes, place] = _new_patcher(parameters, *place)
     return known[shapes, place]
 

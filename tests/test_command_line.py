@@ -33,6 +33,11 @@ QUICK = {
     "eval": "--pictures 6 --steps 1 --batch 3 --size 64 --validation 0 --drift 0 --columns 3 "
     "--device cpu",
     "extract": "--targets attention",
+    "partition": "--size 48 --device cpu",
+    "train-router": "--size 48 --draws 2 --steps 5 --device cpu",
+    "features": "--size 48 --times 0.1,1 --device cpu",
+    "translate": "--steps 1 --size 64 --device cpu",
+    "which-task": "--stages 2:1 --size 64 --device cpu",
 }
 
 
@@ -97,7 +102,7 @@ def here(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 def test_help_groups_the_commands_into_panels() -> None:
     shown = run("--help", env={"COLUMNS": "120"}).stdout
     titles = re.findall(r"╭─ (\w+) ─", shown)
-    assert titles == ["Options", "Train", "Look", "Convert", "Measure"]
+    assert titles == ["Options", "Train", "Look", "Convert", "Measure", "Draw"]
     for name, place in COMMANDS.items():
         before, _, _ = shown.partition(f"│ {name} ")
         assert re.findall(r"╭─ (\w+) ─", before)[-1] == place.panel
@@ -197,6 +202,9 @@ def test_json_of_what_is_refused_is_nothing(here: Path) -> None:
 #: Command -> a call that is right, with {source} for a file that is read and {out} for one written.
 CALLS = {
     "train": "--base assets/pocket --data {source} --out {out}",
+    "train-router": "--base assets/pocket --part a=pictures/flowers --part b=pictures/ink-kept "
+    "--words {source} --out {out}",
+    "features": "--base assets/pocket --data pictures --task {source} --out {out}",
     "info": "{source}",
     "convert": "{source} {out}",
     "extract": "{source} base.safetensors --out {out}",

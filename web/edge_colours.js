@@ -5,6 +5,7 @@ import { app } from "../../scripts/app.js";
 const COLOURS = {
   DIFFSCALER_TASK: { dark: "#2fd6c3", light: "#00796b" },
   DIFFSCALER_TRAINING: { dark: "#c5e063", light: "#5e7500" },
+  DIFFSCALER_GUIDANCE: { dark: "#ff9e80", light: "#b23c17" },
 };
 
 /** Frontends have marked dark palettes on the root or on the body. */

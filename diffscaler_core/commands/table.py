@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-TRAIN, LOOK, CONVERT, MEASURE = "Train", "Look", "Convert", "Measure"
+TRAIN, LOOK, CONVERT, MEASURE, DRAW = "Train", "Look", "Convert", "Measure", "Draw"
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,18 @@ COMMANDS = {
         "..training.command.train",
         "train",
         "Train a task on a folder of pictures; the base stays as it is.",
+    ),
+    "partition": Place(
+        TRAIN,
+        ".experts",
+        "partition",
+        "Cut a data set into parts, one for each expert; pictures stay where they are.",
+    ),
+    "train-router": Place(
+        TRAIN,
+        ".experts",
+        "train_router",
+        "Train a router, which says which expert a noisy picture is for.",
     ),
     "info": Place(
         LOOK,
@@ -70,6 +82,24 @@ COMMANDS = {
         ".evaluate",
         "evaluate",
         "Measure tasks against real pictures of what they are to draw.",
+    ),
+    "which-task": Place(
+        MEASURE,
+        ".which_task",
+        "which_task",
+        "Say which of several tasks made a picture, or that none did.",
+    ),
+    "features": Place(
+        MEASURE,
+        ".features",
+        "features",
+        "Read pictures' features off a frozen base, and probe what they tell.",
+    ),
+    "translate": Place(
+        DRAW,
+        ".translate",
+        "translate",
+        "Draw a picture anew under another task, from its own noise.",
     ),
 }
 

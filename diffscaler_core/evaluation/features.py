@@ -15,10 +15,8 @@ from torch import Tensor
 
 from ..errors import DiffScalerError, unknown
 from ..training.data.cache import encoder_key
-from .small_net import load_small_net, resized
+from .small_net import POCKET, load_small_net, resized
 
-#: The small network of the pocket base, in a checkout of the repository.
-POCKET = Path(__file__).resolve().parents[2] / "assets" / "pocket" / "features.safetensors"
 BATCH = 64  # pictures looked at together
 
 

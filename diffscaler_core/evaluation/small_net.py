@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from ..atomic import write_whole
 from ..errors import DiffScalerError, first_names
 
+#: The pocket base's own network, which ships beside it.
+POCKET = Path(__file__).resolve().parents[2] / "assets" / "pocket" / "features.safetensors"
 #: Key of the header's JSON.
 HEADER = "diffscaler.features"
 #: (channels in, channels out, stride) of the convolutions, 3 × 3.
@@ -64,11 +66,7 @@ class SmallNet(nn.Module):
         The resizing is smoothed (antialias): without that, distances between sets of different
         sizes would measure the resizing (arXiv:2104.11222).
         """
-        x = resized(images, SIDE)
-        kept = []
-        for i, conv in enumerate(self.convs):
-            x = F.relu(self.normalised(i, conv(x)))
-            kept.append(x)
+        kept = self.maps(images)
         pooled = [
             kept[0].mean((2, 3)),
             kept[2].mean((2, 3)),
@@ -76,6 +74,14 @@ class SmallNet(nn.Module):
         ]
         found: Tensor = self.project(torch.cat(pooled, 1))
         return (found - self.centre) / self.spread
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Returns what each convolution gives of images as above, (B, C, h, w) each."""
+        x, kept = resized(images, SIDE), []
+        for i, conv in enumerate(self.convs):
+            x = F.relu(self.normalised(i, conv(x)))
+            kept.append(x)
+        return kept
 
     def normalised(self, layer: int, x: Tensor) -> Tensor:
         """Returns x as it is: in the file the normalisation is folded into the convolutions.

@@ -103,6 +103,8 @@ def _check(task: TaskAdapter) -> None:
             f"{len(spaces)} of its layers have a {task.info.get('activation', 'relu')} subspace, "
             f"which is no matrix (a `lora` task has identity ones)"
         )
+    if task.is_timed:
+        reasons.append("its hidden units act at different noise levels, and weights at all")
     if task.is_control:
         reasons.append("it takes a control picture")
     elif task.extras:  # new classes' rows are among them; the base's own need no place

@@ -103,14 +103,19 @@ def from_task(
 
     Raises:
         MismatchError: The task does not fit; the model is untouched.
-        DiffScalerError: A control task, or one with classes of its own: PEFT has no place for
-            them. Or the name is in use.
+        DiffScalerError: A control task, one with classes of its own, or one whose units act by
+            noise level: PEFT has no place for them. Or the name is in use.
     """
     inside, component = bare(model), component or _component(model, task)
     if task.extras:
         raise DiffScalerError(
             f"task {task.name!r} holds more than its layers ({first_names(task.extras, 1)}), which "
             f"an adapter of PEFT cannot; use diffscaler_core.attach"
+        )
+    if task.is_timed:
+        raise DiffScalerError(
+            f"the hidden units of task {task.name!r} act at different noise levels, and an adapter "
+            f"of PEFT is told none; use diffscaler_core.attach, or load_diffscaler"
         )
     if adapter_name in getattr(inside, "peft_config", {}):
         raise DiffScalerError(f"an adapter {adapter_name!r} is there already; delete it first")

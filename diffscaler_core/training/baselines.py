@@ -208,11 +208,18 @@ class _Worn:
         self._carried.requires_grad_(requires_grad)
         return self
 
-    def set_groups(self, names: Sequence[str] | None) -> None:
+    def set_groups(self, names: Sequence[str | None] | None) -> None:
         self._carried.set_groups(names)
 
     def set_control(self, latents: Tensor | None, kept: Tensor | None = None) -> None:
         self._carried.set_control(latents, kept)
+
+    @property
+    def is_timed(self) -> bool:
+        return self._carried.is_timed
+
+    def set_time(self, log_snr: Tensor) -> None:
+        self._carried.set_time(log_snr)
 
     def task(self, name: str | None = None) -> TaskAdapter:
         # asked for within the running means, so these are what is to be kept

@@ -10,6 +10,7 @@ from ..auto_rank import AUTO, parsed_budget
 from ..errors import DiffScalerError, shown, unknown
 from ..methods import GAMMA_BLOCKS, METHODS
 from ..task import CONTROL_EMBEDDINGS
+from ..windows import ALPHA, BETA, MOST_RANGES
 
 SCHEDULES = ("cosine", "linear", "constant", "cosine_restarts")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -29,6 +30,11 @@ class TrainingConfig:
         method: A name in METHODS.
         activation: Of the subspaces: "method" (its own), or a name in `affiner.ACTIVATIONS`.
         gamma_blocks: For "difffit": which blocks have γ; a name in `methods.GAMMA_BLOCKS`.
+        experts: How many ranges of noise the hidden units are shared out among, each range having
+            its own; 1: all act at every noise level. See `windows.py`.
+        time_route: True: a window slides over the hidden units, from clean to noise.
+        route_alpha: How late it slides: α.
+        route_beta: The share of the units in it: β.
         rank: R of every subspace; "auto": chosen per layer from the pictures (`auto_rank.py`).
         rank_budget: For "auto", how much may be spent: 8: as many numbers as rank 8 everywhere;
             "0.4%": that share of the base's, for scales, shifts and subspaces; "20k", "1.5M": so
@@ -71,6 +77,17 @@ class TrainingConfig:
         prior_weight: Weight of the prior pictures' loss, if there are any.
         prior_share: Share of each batch that prior pictures take.
 
+    What helps beside the loss:
+        repa: Picture encoder whose features of the clean pictures an early block is drawn towards
+            (arXiv:2410.06940; see `alignment.py`): "off", or as `load_encoder` takes it: "pocket",
+            a file, a folder, a name on the Hub. Of another, given as a function: what to call it.
+        repa_block: Which block, from 1; 0: one as early as the paper's (8 of 28).
+        repa_weight: λ; 0: as if it were off.
+        repa_until: Share of the steps after which the term ends; that it does is ours.
+        repa_width: Width of the projector; 0: four times the block's, at most 2048.
+        debias: λ of hidden groups (arXiv:2412.08480; see `debias.py`); 0: the usual mean loss.
+        debias_groups: How many groups are looked for among the pictures of each prompt.
+
     At another resolution (see `resolution.py`):
         at_resolution: Times the base's own resolution that the pictures have: its positions are
             stretched that far; 1: they stay.
@@ -104,6 +121,10 @@ class TrainingConfig:
     method: str = "diffscaler"
     activation: str = "method"
     gamma_blocks: str = "first_half"
+    experts: int = 1
+    time_route: bool = False
+    route_alpha: float = ALPHA
+    route_beta: float = BETA
     rank: int | str = 8
     rank_budget: int | str = 8
     targets: str | Sequence[str] = "blocks"
@@ -140,6 +161,14 @@ class TrainingConfig:
     chain_tau: float = 1.0
     prior_weight: float = 1.0
     prior_share: float = 0.5
+
+    repa: str = "off"
+    repa_block: int = 0
+    repa_weight: float = 0.5
+    repa_until: float = 0.5
+    repa_width: int = 0
+    debias: float = 0.0
+    debias_groups: int = 2
 
     at_resolution: float = 1.0
 
@@ -181,6 +210,14 @@ class TrainingConfig:
         for field in POSITIVE:
             if not getattr(self, field) > 0:
                 raise DiffScalerError(f"{field} must be above 0, got {getattr(self, field)}")
+        if (self.experts > 1 or self.time_route) and self.rank == AUTO:
+            raise DiffScalerError(
+                "rank 'auto' looks at all noise levels at once: give experts or time_route a rank"
+            )
+        if self.experts > 1 and self.time_route:
+            raise DiffScalerError(
+                "experts and time_route both share hidden units out among noise levels: choose one"
+            )
         if self.batch % self.accumulate:
             raise DiffScalerError(
                 f"accumulate {self.accumulate} must divide the batch of {self.batch}"
@@ -195,6 +232,8 @@ POSITIVE = (
     "lr_scale_shift",
     "lr_prompts",
     "lr_control",
+    "route_alpha",
+    "route_beta",
     "timestep_std",
     "timestep_shift",
 )
@@ -218,6 +257,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "steps": (1, _MUCH),
     "batch": (1, _MUCH),
     "rank": (1, _MUCH),
+    "experts": (1, MOST_RANGES),
+    "route_beta": (0, 1),
     "accumulate": (1, _MUCH),
     "restarts": (1, _MUCH),
     "keep": (1, _MUCH),
@@ -234,6 +275,12 @@ LIMITS: dict[str, tuple[float, float]] = {
     "perturb_gamma": (0, _MUCH),
     "prior_weight": (0, _MUCH),
     "prior_share": (0, 0.9),
+    "repa_block": (0, _MUCH),
+    "repa_weight": (0, _MUCH),
+    "repa_until": (0, 1),
+    "repa_width": (0, _MUCH),
+    "debias": (0, _MUCH),
+    "debias_groups": (2, 64),
     "validation_share": (0, 0.9),
     "guidance": (0, _MUCH),
     "drop": (0, 1),

@@ -45,12 +45,13 @@ class Trainable(Protocol):
         """Makes copies of the parameters trainable; the attached tasks stay as they are."""
         ...
 
-    def set_groups(self, names: Sequence[str] | None) -> None:
+    def set_groups(self, names: Sequence[str | None] | None) -> None:
         """Says which tasks the next batches run.
 
         Args:
             names: The batch is made of len(names) groups of equal size, one after the other; group
-                i runs the task names[i] alone. None: every row runs all tasks.
+                i runs the task names[i] alone, or the bare base where that is None. None in place
+                of them all: every row runs all tasks.
         """
         ...
 
@@ -64,6 +65,15 @@ class Trainable(Protocol):
             latents: (B, C, h, w), in the model's own latent space; None: no row has a control.
             kept: Factor per row, (B,), 0 where the control is left out; None: all 1.
         """
+        ...
+
+    @property
+    def is_timed(self) -> bool:
+        """Says whether a task among them acts by noise level, so that `set_time` is needed."""
+        ...
+
+    def set_time(self, log_snr: Tensor) -> None:
+        """Says at which noise level the next batch is, λ (B,) by row."""
         ...
 
     def task(self, name: str | None = None) -> TaskAdapter:
@@ -148,6 +158,8 @@ class Denoiser:
         control, kept = told.pop("control", None), told.pop("control_kept", None)
         for trainable in self._worn:
             trainable.set_control(control, kept)
+            if trainable.is_timed:
+                trainable.set_time(self.objective.log_snr_of(timestep))
         if not self._worn and "label" in told:
             unknown = told["label"] >= self.class_count
             told["label"] = torch.where(unknown, self.null_label or 0, told["label"])

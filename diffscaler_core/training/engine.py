@@ -9,6 +9,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..errors import DiffScalerError
 from ..files import save_task
 from ..task import TaskAdapter
 from .advice import about_ranks, after_validation
+from .block_tokens import outputs_of, picture_tokens
 from .checkpoints import newest_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .denoiser import Denoiser, Trainable
@@ -167,7 +169,7 @@ class Engine:
         own = config.batch // self.launch.processes
         for part in range(config.accumulate):
             rows = slice(part * own // config.accumulate, (part + 1) * own // config.accumulate)
-            shares = [self._share(each, rows) for each in drawn]
+            shares = [self._share(*each, rows) for each in zip(learners, drawn, strict=True)]
             for group in _alike(learners, shares):
                 self._backward([(learners[i], shares[i], seen[i]) for i in group])
         norms = []
@@ -192,11 +194,15 @@ class Engine:
             if learner.ema is not None:
                 learner.ema.update(learner.params, self.step)
 
-    def _share(self, drawn: Drawn, rows: slice) -> Drawn:
+    def _share(self, learner: Learner, drawn: Drawn, rows: slice) -> Drawn:
         """Returns this process's part of a batch: every P-th row, and of these some."""
         index, processes = self.launch.index, self.launch.processes
         mine = slice(index + rows.start * processes, rows.stop * processes, processes)
-        return drawn.rows(mine, self.device)
+        share = drawn.rows(mine, self.device)
+        if learner.aligner is None or not learner.aligner.weight(self.step):
+            return share
+        features = learner.aligner.features(drawn.x0[mine])
+        return replace(share, features=features.to(self.device, non_blocking=True))
 
     def _backward(self, group: Sequence[tuple[Learner, Drawn, list[Tensor]]]) -> None:
         """Computes the gradients of one part of the batch of one or several tasks, in one pass."""
@@ -210,15 +216,33 @@ class Engine:
         told = [learner.condition(drawn) for learner, drawn, _ in group]
         condition = {name: torch.cat([each[name] for each in told]) for name in told[0]}
         timestep, x_t = objective.noisy(x0, noise, t)
-        with self.denoiser.autocast(self.config.precision):
+        first, drawn, _ = group[0]
+        looked: AbstractContextManager[list[Any]] = contextlib.nullcontext([])
+        if first.aligner is not None and drawn.features is not None:
+            looked = outputs_of(first.aligner.block)
+        with self.denoiser.autocast(self.config.precision), looked as found:
             output = self.denoiser(x_t, timestep, condition)
-        total = output.new_zeros((), dtype=torch.float32)
+        total = self._aligned(group, found, x_t) / self.config.accumulate
         for (learner, drawn, seen), own in zip(group, output.chunk(len(group)), strict=True):
             weighted, plain = learner.losses(own, drawn)
-            loss = weighted.mean()
+            loss = learner.risk(weighted, drawn)
             total = total + loss / self.config.accumulate
             seen.append(torch.cat([loss.detach().view(1), band_means(plain, drawn.t)]))
         self.scaler.scale(total).backward()
+
+    def _aligned(
+        self, group: Sequence[tuple[Learner, Drawn, list[Tensor]]], found: list[Any], x_t: Tensor
+    ) -> Tensor:
+        """Returns the tasks' alignment losses (see `alignment.py`), weighted, as one sum."""
+        total = x_t.new_zeros((), dtype=torch.float32)
+        for i, (learner, drawn, _) in enumerate(group):
+            if learner.aligner is None or drawn.features is None:
+                continue
+            tokens, grid = picture_tokens(found[-1], x_t, learner.aligner.patch)
+            own = tokens.chunk(len(group))[i]
+            aligned = learner.aligner.loss(own, grid, drawn.features)
+            total = total + learner.aligner.weight(self.step) * aligned
+        return total
 
     def look_now(self) -> None:
         """Reads the losses of the steps since the last look.
@@ -269,6 +293,7 @@ class Engine:
                     validation=validation,
                     validation_other=other,
                     samples=self.samples(learner) if sample else None,
+                    alignment=self._alignment(learner),
                     advice=self._advice(learner, validation is not None),
                 )
             )
@@ -390,6 +415,11 @@ class Engine:
             labels = torch.as_tensor(prompts.label).tolist()
             facts["classes"] = task.classes | dict(zip(prompts.names, labels, strict=True))
         return task.replace(conditioning=conditioning).with_info(**facts)
+
+    def _alignment(self, learner: Learner) -> float | None:
+        if learner.aligner is None or self.step % self.look_every:
+            return None
+        return learner.aligner.told()
 
     def _advice(self, learner: Learner, validated: bool) -> tuple[str, ...]:
         """Returns what there is to say after this step."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DiffScalerError
+from ..file_names import harmless
 from ..version import __version__
 from .config import TrainingConfig
 from .learner import Learner
@@ -22,7 +23,9 @@ logger = logging.getLogger(__name__)
 #: Settings that a run cannot change half-way.
 _FIXED = (
     *("method", "activation", "gamma_blocks", "rank", "rank_budget", "targets", "exclude"),
+    *("experts", "time_route", "route_alpha", "route_beta"),
     *("optimizer", "ema"),
+    *("repa", "repa_block", "repa_width", "debias_groups"),
     *("at_resolution", "control", "control_rank", "control_activation", "control_embedding"),
 )
 
@@ -86,6 +89,8 @@ def training_facts(learner: Learner, step: int, seconds: float) -> dict[str, Any
         for key, value in settings.items()
         if key in always or (key not in elsewhere and value != default[key])
     }
+    if "repa" in kept:  # an encoder may be a file of this machine
+        kept["repa"] = harmless(Path(kept["repa"]).name)
     history, chosen = learner.history, learner.run.ranks
     facts = {
         **kept,

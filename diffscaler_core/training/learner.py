@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,15 @@ from .checkpoints import optimizer_state, restore_optimizer
 from .conditioning import Prompts
 from .config import TrainingConfig
 from .data.batches import Batch, Batches, TrainingData
+from .debias import GroupTable, group_risk
 from .denoiser import Trainable
 from .objective import Objective, draw_times
-from .optimizer import Ema, make_optimizers, rate_at
+from .optimizer import BESIDE, Ema, make_optimizers, rate_at
 from .progress import History
 from .randomness import generator_for
+
+if TYPE_CHECKING:
+    from .aligner import Aligner
 
 #: Streams of random numbers (see `generator_for`); the data has streams of its own.
 _DRAWS, _PRIOR = 101, 102
@@ -50,6 +54,9 @@ class TaskRun:
         control: What its control pictures show, "" if it takes none; None: as the task to go on
             from, else as the config says.
         ranks: Of a new task, from `choose_ranks`; None: as the config says.
+        biased: With `config.debias`: the task whose losses tell the pictures' groups; None: `task`,
+            or the bare base.
+        groups: With `config.debias`: the groups themselves, from `infer_groups`; None: inferred.
     """
 
     name: str
@@ -63,6 +70,8 @@ class TaskRun:
     seed: int | None = None
     control: str | None = None
     ranks: RankChoice | None = None
+    biased: TaskAdapter | None = None
+    groups: GroupTable | None = None
 
 
 def control_kind(start: TaskAdapter | None, said: str | None) -> str:
@@ -104,6 +113,8 @@ class Drawn:
         told: The prompts themselves, by field, where they come with the pictures (a stream).
         control: Latents of the control pictures, like x0; None: the task takes none.
         kept: Factor on each row's control, (B,): 0 where it is left out.
+        features: What an encoder sees in the clean pictures, (B, M, Z); None: nobody asked.
+        groups: How far each row belongs to each hidden group, (B, G); None: nobody asked.
     """
 
     x0: Tensor
@@ -116,6 +127,8 @@ class Drawn:
     told: Mapping[str, Tensor] | None = None
     control: Tensor | None = None
     kept: Tensor | None = None
+    features: Tensor | None = None
+    groups: Tensor | None = None
 
     def rows(self, part: slice, device: torch.device) -> Drawn:
         """Returns some rows of it, on a device."""
@@ -134,6 +147,8 @@ class Drawn:
             told=None if self.told is None else {n: own(rows) for n, rows in self.told.items()},
             control=None if self.control is None else own(self.control),
             kept=None if self.kept is None else own(self.kept),
+            features=None if self.features is None else own(self.features),
+            groups=None if self.groups is None else own(self.groups),
         )
 
 
@@ -170,13 +185,23 @@ class Learner:
             for name, parameter in prompts.named_parameters()
             if parameter.requires_grad
         }
-        self.named = {**trainable.parameters_of(run.name), **learned}
-        if not self.named:
+        named = {**trainable.parameters_of(run.name), **learned}
+        if not named:
             raise DiffScalerError(f"task {run.name!r} has nothing to train: no layer, no prompt")
-        self.params = list(self.named.values())
-        self.optimizers = make_optimizers(self.named, config)
-        self.ema = Ema(self.params, config.ema) if config.ema else None
+        self._train(named)
         self.history = History()
+        self.aligner: Aligner | None = None
+
+    def _train(self, named: dict[str, nn.Parameter]) -> None:
+        self.named = named
+        self.params = list(named.values())
+        self.optimizers = make_optimizers(named, self.config)
+        self.ema = Ema(self.params, self.config.ema) if self.config.ema else None
+
+    def align(self, aligner: Aligner) -> None:
+        """Trains a projector beside the task (see `alignment.py`); before the first step."""
+        self.aligner = aligner
+        self._train({**self.named, **{f"{BESIDE}{n}": p for n, p in aligner.named.items()}})
 
     @cached_property
     def examples(self) -> Batch:
@@ -224,6 +249,8 @@ class Learner:
         )
         is_prior = torch.arange(len(x0)) >= len(x0) - count
         drawn = Drawn(x0, index, t, noise, dropped, is_prior, perturbation, batch.condition)
+        if config.debias and self.run.groups is not None and batch.pictures is not None:
+            drawn = replace(drawn, groups=self.run.groups.weights[batch.pictures])
         if control is None:
             return drawn
         kept = (torch.rand(len(x0), generator=generator) >= config.control_drop) & ~is_prior
@@ -256,6 +283,12 @@ class Learner:
         """Returns (weighted, plain) losses per row, (B,); prior rows weigh `prior_weight`."""
         plain = self.objective.loss(output, drawn.x0, drawn.noise, drawn.t)
         return plain * self._weights(drawn), plain.detach()
+
+    def risk(self, weighted: Tensor, drawn: Drawn) -> Tensor:
+        """Returns rows' weighted losses (B,) as the one number to lower: their mean, as a rule."""
+        if drawn.groups is None:
+            return weighted.mean()
+        return group_risk(weighted, drawn.groups, self.config.debias)
 
     def clip(self) -> Tensor:
         """Cuts this task's gradient to the config's norm, by itself; returns what it was."""

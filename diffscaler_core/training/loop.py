@@ -15,15 +15,21 @@ from ..auto_rank import AUTO, RankChoice
 from ..errors import DiffScalerError, first_names
 from ..methods import METHODS
 from ..task import TaskAdapter, new_task, with_classes
+from ..windows import SLIDING_RANGES, WindowPlan, expert_windows, sliding_windows
+from .aligner import Aligner
 from .bases.pipelines import as_denoiser
 from .checkpoints import newest_checkpoint
 from .conditioning import Prompts, new_classes, prompts_for
 from .config import TrainingConfig
 from .data.batches import Batches, TrainingData
+from .debias import GroupTable, fits
 from .denoiser import Denoiser
 from .engine import Engine
+from .hidden_groups import check_debias, infer_groups
 from .launch import Launch, launch_of
 from .learner import Learner, TaskRun, control_kind
+from .objective import Objective
+from .picture_encoders import PictureEncoder, frozen_encoder, load_encoder
 from .progress import OnStep
 from .rank_choice import choose
 from .run_folder import RunFolder
@@ -32,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 #: Told the ranks that were chosen: (the task's name, ranks).
 OnRanks = Callable[[str, RankChoice], None]
+#: Told the hidden groups of the pictures: (the task's name, groups).
+OnGroups = Callable[[str, GroupTable], None]
 
 
 def train_task(
@@ -48,6 +56,7 @@ def train_task(
     resume: str = "auto",
     on_step: OnStep | None = None,
     accelerator: Any = None,
+    encoder: PictureEncoder | None = None,
 ) -> TaskAdapter:
     """Returns a task trained on pictures; the base is bit for bit what it was.
 
@@ -69,6 +78,8 @@ def train_task(
         on_step: Called with a `Progress` after each step.
         accelerator: An `accelerate.Accelerator` of a distributed launch: every process trains on
             its share of each batch, and gradients are averaged.
+        encoder: For `config.repa`: any function or module from pixels (B, 3, H, W) in −1..1 to
+            tokens (B, M, Z); default: looked up by that name.
 
     Raises:
         DivergedError: The loss became NaN or Inf; `.task` is the last good state.
@@ -85,6 +96,7 @@ def train_task(
         resume=resume,
         on_step=on_step,
         accelerator=accelerator,
+        encoder=encoder,
     )
     return tasks[run.name]
 
@@ -99,6 +111,8 @@ def train_tasks(
     on_step: OnStep | None = None,
     on_ranks: OnRanks | None = None,
     accelerator: Any = None,
+    encoder: PictureEncoder | None = None,
+    on_groups: OnGroups | None = None,
 ) -> dict[str, TaskAdapter]:
     """Returns several tasks trained in one run on one frozen base, by name.
 
@@ -114,6 +128,8 @@ def train_tasks(
         on_step: Called after each step once per task, with `Progress.task` set.
         on_ranks: Told the ranks of a task (rank "auto") when they are chosen: (its name, ranks).
         accelerator: As in `train_task`.
+        encoder: As in `train_task`.
+        on_groups: Told the hidden groups of a task's pictures (debias): (its name, groups).
 
     Raises:
         DivergedError: One task's loss became NaN or Inf; `.tasks` are the last good states of all.
@@ -127,6 +143,7 @@ def train_tasks(
         raise DiffScalerError(f"a run needs tasks of different names, got {names}")
     denoiser, launch = as_denoiser(base), launch_of(accelerator)
     launch.check(config.batch, config.accumulate)
+    seen = _encoder_of(encoder, runs, config, denoiser)
     runs = [_with_validation(run, config) for run in runs]
     configs = [replace(config, control=_control_of(run, config)) for run in runs]
     for run, own in zip(runs, configs, strict=True):
@@ -141,6 +158,15 @@ def train_tasks(
                         own, prompts, denoiser, launch, on_ranks)
             for run, own, prompts in zip(runs, configs, told, strict=True)
         ]  # fmt: skip
+    if config.debias:
+        going_on = folder is not None and resume == "auto" and newest_checkpoint(folder.checkpoints)
+        runs = [
+            _with_groups(run, own, prompts, denoiser, launch, folder, bool(going_on), on_groups)
+            for run, own, (prompts, _) in zip(runs, configs, told, strict=True)
+        ]
+        for run in runs:
+            if folder is not None and run.groups is not None:
+                folder.groups(run.groups, run.name if len(runs) > 1 else "")
     tasks = {
         run.name: _start(denoiser, own, run, prompts)
         for run, own, (prompts, _) in zip(runs, configs, told, strict=True)
@@ -156,6 +182,9 @@ def train_tasks(
             Learner(run, trainable, *prompts, own, denoiser.objective, denoiser.device)
             for run, prompts, own in zip(runs, told, configs, strict=True)
         ]
+        if seen is not None:
+            for learner in learners:
+                learner.align(Aligner(learner, denoiser, seen))
         with ExitStack() as closing:
             if folder is not None:
                 closing.callback(folder.close)
@@ -231,6 +260,56 @@ def _with_ranks(
     return replace(run, ranks=chosen)
 
 
+def _with_groups(
+    run: TaskRun,
+    config: TrainingConfig,
+    prompts: Prompts,
+    denoiser: Denoiser,
+    launch: Launch,
+    folder: RunFolder | None,
+    going_on: bool,
+    on_groups: OnGroups | None,
+) -> TaskRun:
+    """Returns the run with hidden groups: its own, those the folder's run had, or inferred ones."""
+    check_debias(run, config, launch)
+    if run.groups is not None:
+        return run
+    if going_on and folder is not None and isinstance(run.data, TrainingData):
+        for name in ("", run.name):  # of a run of one task, of several
+            kept = folder.kept_groups(name)
+            if kept is not None and fits(kept, run.data.image_ids, config.debias_groups):
+                return replace(run, groups=kept)
+    found = infer_groups(denoiser, run, prompts, config)
+    logger.info("task %r: hidden groups\n%s", run.name, found.report())
+    if on_groups is not None:
+        on_groups(run.name, found)
+    return replace(run, groups=found)
+
+
+def _encoder_of(
+    given: PictureEncoder | None,
+    runs: Sequence[TaskRun],
+    config: TrainingConfig,
+    denoiser: Denoiser,
+) -> PictureEncoder | None:
+    """Returns the picture encoder of a run with `repa`, None of one without."""
+    if config.repa == "off" or not config.repa_weight or not config.repa_until:
+        return None
+    if config.shard:
+        raise DiffScalerError(
+            "repa looks into a block of the base, and shard splits the blocks over devices: leave "
+            "out one of the two"
+        )
+    for run in runs:
+        if not isinstance(run.data, TrainingData):
+            raise DiffScalerError(
+                f"repa keeps what an encoder sees in each picture, and the pictures of task "
+                f"{run.name!r} are a stream that is never kept: leave out repa, or stream"
+            )
+    found = load_encoder(config.repa, denoiser.device) if given is None else given
+    return frozen_encoder(found, denoiser.device)
+
+
 def _with_validation(run: TaskRun, config: TrainingConfig) -> TaskRun:
     if run.validation is not None or not config.validation_share:
         return run
@@ -303,6 +382,7 @@ def _start(
     if run.task is None:
         seed = config.seed if run.seed is None else run.seed
         return fresh_task(denoiser, replace(config, name=run.name, seed=seed), new, run.ranks)
+    _check_windows(run.task, config)
     task = _copy(run.task, run.name)
     more = [name for name in new if name not in task.new_classes]
     if not more:
@@ -342,8 +422,33 @@ def fresh_task(
         class_start=denoiser.null_label,
         activation=None if config.activation == "method" else config.activation,
         gamma_blocks=config.gamma_blocks,
+        windows=_plan(denoiser.objective, config),
         seed=config.seed,
     )
+
+
+def _plan(objective: Objective, config: TrainingConfig) -> WindowPlan | None:
+    """Returns how hidden units are shared out among ranges of noise, even in t."""
+    if config.time_route:
+        edges = objective.range_edges(SLIDING_RANGES)
+        return sliding_windows(SLIDING_RANGES, config.route_alpha, config.route_beta, edges)
+    if config.experts > 1:
+        return expert_windows(config.experts, objective.range_edges(config.experts))
+    return None
+
+
+def _check_windows(task: TaskAdapter, config: TrainingConfig) -> None:
+    """Refuses to share out the units of a task anew that a run goes on from."""
+    asked = "sliding" if config.time_route else "experts" if config.experts > 1 else ""
+    windows = task.windows
+    kind = "" if windows is None else windows.plan.get("kind", "")
+    same = windows is not None and asked == kind
+    same = same and (asked != "experts" or len(windows.edges) + 1 == config.experts)  # type: ignore[union-attr]
+    if asked and not same:
+        raise DiffScalerError(
+            f"task {task.name!r}, to go on from, says itself which hidden units act at which noise "
+            f"level: leave out experts and time_route, or start a new task"
+        )
 
 
 def _copy(task: TaskAdapter, name: str) -> TaskAdapter:

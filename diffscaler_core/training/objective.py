@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import unknown
+from ..windows import even_edges
 from .config import TIMESTEPS, WEIGHTINGS
 from .progress import BANDS
 
@@ -128,6 +129,27 @@ class Objective:
         table = self.alphas_cumprod.to(t.device, torch.float32)
         step = (t * len(table)).long().clamp(max=len(table) - 1)
         return step, table[step].sqrt(), (1 - table[step]).sqrt()
+
+    def log_snr_of(self, timestep: Tensor) -> Tensor:
+        """Returns λ (B,) at the model's timesteps (B,), as `at` gives them."""
+        if self.alphas_cumprod is None:
+            clock = timestep.float() / self.timestep_scale
+            t = 1 - clock if self.kind == "flow_reversed" else clock
+            return log_snr((1 - t).clamp(min=0), t.clamp(min=0))
+        table = self.alphas_cumprod.to(timestep.device, torch.float32)[timestep.long()]
+        return table.log() - (1 - table).log()
+
+    def range_edges(self, count: int) -> tuple[float, ...]:
+        """Returns the edges, in λ, of N ranges of noise that are equally long in t; falling.
+
+        Those of a DDPM lie half-way between two steps, so that every step is clear of them.
+        """
+        if self.alphas_cumprod is None:
+            return even_edges(count)
+        table = self.alphas_cumprod.double().cpu()
+        levels = table.log() - (1 - table).log()
+        steps = [max(1, i * len(table) // count) for i in range(1, count)]
+        return tuple(round(float(levels[step - 1] + levels[step]) / 2, 6) for step in steps)
 
     def noisy(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (timestep, x_t) for clean samples, noise, and times t (B,) in 0..1."""

@@ -18,6 +18,8 @@ Groups = list[dict[str, Any]]
 
 #: Before the names of parameters that are no task's (see `baselines.py`); they move at `lr`.
 WEIGHTS = "weights/"
+#: Before the names of what is trained beside a task and is no part of it (see `aligner.py`).
+BESIDE = "beside/"
 #: Parameter name's end -> the setting that is its learning rate.
 _RATES = {
     "scale": "lr_scale_shift",
@@ -59,7 +61,7 @@ def make_optimizers(
 
 
 def _rate_of(name: str) -> str:
-    if name.startswith(WEIGHTS):
+    if name.startswith((WEIGHTS, BESIDE)):
         return "lr"
     return "lr_control" if name.startswith(CONTROL) else _RATES[name.rpartition(".")[2]]
 

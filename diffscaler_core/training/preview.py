@@ -19,7 +19,7 @@ from ..task import TaskAdapter
 from .conditioning import Prompts
 from .data.batches import Batch
 from .denoiser import Condition, Denoiser
-from .objective import separate, shifted, spread
+from .objective import Objective, separate, shifted, spread
 
 
 @torch.no_grad()
@@ -45,24 +45,63 @@ def sample_latents(
         shift: Moves the flow's times towards noise; see `objective.shifted`.
     """
     objective, x = denoiser.objective, noise.to(denoiser.device)
-    times = torch.linspace(1, 0, steps + 1, device=x.device)
-    times = shifted(times, shift) if objective.is_flow else times
-    guided = guidance != 1 and denoiser.guided and bool(condition)
-    for now, after in itertools.pairwise(times):
-        timestep, alpha, sigma = objective.at(now.expand(len(x)))
-        if guided:
-            both = {k: torch.cat([null.get(k, v).to(v), v]) for k, v in condition.items()}
-            output = denoiser(torch.cat([x, x]), torch.cat([timestep, timestep]), both)
-            without, with_prompt = objective.mean(output.float()).chunk(2)
-            prediction = without + guidance * (with_prompt - without)
-        else:
-            prediction = objective.mean(denoiser(x, timestep, condition).float())
-        x0, eps = separate(objective.kind, prediction, x, alpha, sigma)
+    for now, after in itertools.pairwise(sampling_times(objective, steps, shift, x.device)):
+        x0, eps = predicted(denoiser, x, now, condition, null, guidance)
         if after == 0:
             return x0
         _, alpha, sigma = objective.at(after.expand(len(x)))
         x = spread(alpha, x) * x0 + spread(sigma, x) * eps
     return x
+
+
+def sampling_times(
+    objective: Objective,
+    steps: int,
+    shift: float = 3.0,
+    device: torch.device | None = None,
+    strength: float = 1.0,
+) -> Tensor:
+    """Returns the times that sampling visits, (steps + 1,), from noise to 0.
+
+    Args:
+        objective: Of the base.
+        steps: How many predictions.
+        shift: Moves a flow's times towards noise; see `objective.shifted`.
+        device: Where they are made.
+        strength: Where sampling starts, before the shift: 1 is pure noise.
+    """
+    times = torch.linspace(strength, 0, steps + 1, device=device)
+    return shifted(times, shift) if objective.is_flow else times
+
+
+def predicted(
+    denoiser: Denoiser,
+    x: Tensor,
+    now: Tensor,
+    condition: Condition,
+    null: Condition,
+    guidance: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Returns one prediction as (x0, ε), shaped like x (B, C, h, w); see `sample_latents`.
+
+    Args:
+        denoiser: The base.
+        x: Noisy samples.
+        now: Their time, a scalar in 0..1.
+        condition: One row per sample.
+        null: The null prompt.
+        guidance: Classifier-free guidance; 1: none.
+    """
+    objective = denoiser.objective
+    timestep, alpha, sigma = objective.at(now.expand(len(x)))
+    if guidance != 1 and denoiser.guided and bool(condition):
+        both = {k: torch.cat([null.get(k, v).to(v), v]) for k, v in condition.items()}
+        output = denoiser(torch.cat([x, x]), torch.cat([timestep, timestep]), both)
+        without, with_prompt = objective.mean(output.float()).chunk(2)
+        prediction = without + guidance * (with_prompt - without)
+    else:
+        prediction = objective.mean(denoiser(x, timestep, condition).float())
+    return separate(objective.kind, prediction, x, alpha, sigma)
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ class Progress:
         validation: Validation loss, if one was taken at this step.
         validation_other: Of a control task: the same loss with each picture given the control of
             another one; where it is no higher, the task does not go by its control.
+        alignment: With `repa`: mean cosine between the block's tokens and the encoder's.
         samples: Pictures (3, H, W) in −1..1, prompt by prompt, if some were drawn at this step.
         saved: True: a checkpoint was written at this step.
         advice: New advice, one line each.
@@ -49,6 +50,7 @@ class Progress:
     bands: tuple[float, ...] = (math.nan,) * (len(BANDS) - 1)
     validation: float | None = None
     validation_other: float | None = None
+    alignment: float | None = None
     samples: Sequence[Tensor] | None = None
     saved: bool = False
     advice: tuple[str, ...] = ()

@@ -82,7 +82,7 @@ def choose(
     with denoiser.attached({probe.name: probe}) as trainable:
         trainable.requires_grad_(True)
         learners = [
-            Learner(replace(run, name=probe.name, data=half), trainable, *prompts,
+            Learner(replace(run, name=probe.name, data=half, groups=None), trainable, *prompts,
                     config, denoiser.objective, denoiser.device)
             for half in _halves(run.data, config.seed)
         ]  # fmt: skip

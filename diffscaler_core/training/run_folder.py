@@ -6,6 +6,7 @@
     checkpoints/               what a run resumes from (see `checkpoints.py`)
     curve.png                  the losses, if matplotlib is installed
     ranks.png                  the ranks that were chosen (rank "auto"), likewise
+    groups.json                the hidden groups of the pictures (`debias`), and a report
     <name>-best.safetensors    the task with the lowest validation loss
     <name>.safetensors         the finished task, if no other place was given
 
@@ -31,6 +32,7 @@ from ..auto_rank import RankChoice
 from ..file_names import harmless
 from .config import TrainingConfig
 from .config_file import dump
+from .debias import GroupTable
 from .progress import History, Progress
 from .settings import RunSettings
 
@@ -180,6 +182,25 @@ class RunFolder:
 
         return self._drawn(f"ranks-{harmless(task)}.png" if task else "ranks.png", draw)
 
+    def groups(self, table: GroupTable, task: str = "") -> Path | None:
+        """Writes which hidden groups the pictures belong to; named as `ranks`."""
+        if not self.main:
+            return None
+        with self._disk():
+            text = json.dumps(table.state(), ensure_ascii=False, indent=1)
+            return _write(self._groups_file(task), text.encode())
+        return None
+
+    def kept_groups(self, task: str = "") -> GroupTable | None:
+        """Returns the groups that an earlier part of the run wrote, None if there are none."""
+        try:
+            return GroupTable.of(json.loads(self._groups_file(task).read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+            return None
+
+    def _groups_file(self, task: str) -> Path:
+        return self.path / (f"groups-{harmless(task)}.json" if task else "groups.json")
+
     def _drawn(self, name: str, draw: Callable[[io.BytesIO], None]) -> Path | None:
         """Draws into a file of that name; None if that cannot be done here."""
         buffer = io.BytesIO()
@@ -246,6 +267,8 @@ def _entry(now: Progress) -> dict[str, Any]:
         entry["validation"] = _number(now.validation)
     if now.validation_other is not None:
         entry["validation_other"] = _number(now.validation_other)
+    if now.alignment is not None:
+        entry["alignment"] = _number(now.alignment)
     if now.saved:
         entry["saved"] = True
     if now.advice:

@@ -25,6 +25,7 @@ SECTIONS = {
     "training": "How long and how fast",
     "pictures": "The pictures",
     "prompts": "What the base is told",
+    "helpers": "What helps beside the loss",
     "control": "Control pictures",
     "noise": "Which noise, which weight",
     "validation": "What is looked at on the way",
@@ -78,6 +79,10 @@ SETTINGS: dict[str, Setting] = {
         _of_config("method", "task", "Which parts on which layers."),
         _of_config("activation", "task", "Of the subspaces; method: its own."),
         _of_config("gamma_blocks", "task", "Of method difffit: which blocks have its γ."),
+        _of_config("experts", "task", "Ranges of noise with hidden units of their own."),
+        _of_config("time_route", "task", "A window over the hidden units slides with the noise."),
+        _of_config("route_alpha", "task", "How late it slides."),
+        _of_config("route_beta", "task", "The share of the units in it."),
         _of_config("rank", "task", "Width of the new subspaces, or auto.", common=True, text=True),
         _of_config("rank_budget", "task", "Of rank auto: a rank, 0.4%, 20k, 1.5M.", text=True),
         _of_config("targets", "task", "blocks, attention, mlp, all, or a pattern.", many=True),
@@ -119,8 +124,17 @@ SETTINGS: dict[str, Setting] = {
         _of_config("prompt_noise", "prompts", "What tells new prompts apart at first."),
         _of_config("perturb", "prompts", "Noise on the prompts' embeddings."),
         _of_config("perturb_gamma", "prompts", "Its size."),
+        _of_config("repa", "helpers", "Encoder to align a block with: pocket, a file, DINOv2."),
+        _of_config("repa_block", "helpers", "Which block, from 1; 0: an early one."),
+        _of_config("repa_weight", "helpers", "Weight of the alignment; 0: none."),
+        _of_config("repa_until", "helpers", "Share of the steps after which it ends."),
+        _of_config("repa_width", "helpers", "Of its projector; 0: by the block's."),
+        _of_config("debias", "helpers", "Weight of what sets hidden groups apart; 0: none."),
+        _of_config("debias_groups", "helpers", "How many are looked for, per prompt."),
+        Setting("debias_from", "helpers", "Task whose losses tell the groups.", Path),
         _of_config("control", "control", "What they show, such as edges: a task that takes them."),
         Setting("control_from", "control", "A folder or column; or what makes them, as edges."),
+        Setting("control_strength", "control", "Of control_from refine: how coarse, to 1.", float),
         _of_config("control_drop", "control", "Share of them left out."),
         _of_config("control_rank", "control", "Width of their subspace; 0: a patch's numbers."),
         _of_config("control_activation", "control", "Of their subspace."),
@@ -204,6 +218,8 @@ class RunSettings:
     split: str = "train"
     image_column: str | None = None
     caption_column: str | None = None
+    control_strength: float = 1.0
+    debias_from: Path | None = None
     preview: Path | None = None
     resume: str = "auto"
     device: str = "auto"

@@ -14,7 +14,7 @@ from PIL import Image, ImageColor
 
 ACT = Path(__file__).parent / "acts" / "locale.mjs"
 LOCALES = Path(__file__).resolve().parents[2] / "locales"
-TASK, TRAINING = "DIFFSCALER_TASK", "DIFFSCALER_TRAINING"
+TASK, TRAINING, GUIDANCE = "DIFFSCALER_TASK", "DIFFSCALER_TRAINING", "DIFFSCALER_GUIDANCE"
 #: Language -> palette to begin with, the one to change to, whether nodes are HTML.
 SCENES = {
     "zh": {"palette": "dark", "other": "light", "vue": False},
@@ -114,7 +114,7 @@ def test_the_task_edge_has_its_own_colour(
 
 
 @pytest.mark.parametrize("palette", ["dark", "light"])
-@pytest.mark.parametrize("kind", [TASK, TRAINING])
+@pytest.mark.parametrize("kind", [TASK, TRAINING, GUIDANCE])
 def test_the_colours_stand_out(seen: dict[str, Any], palette: str, kind: str) -> None:
     found = seen["en"]["colours"][palette]
     for ground in (found["node"], found["canvas"]):

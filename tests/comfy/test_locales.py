@@ -18,6 +18,7 @@ NAMES = {
     *("LoRA", "LoHa", "LoKr", "OFT", "DoRA", "VAE", "CLIP", "CFG", "EMA", "GPU", "CPU", "Canny"),
     *("bitsandbytes", "prodigyopt", "beta1", "beta2", "v"),
 }
+OWN_EDGES = {"DIFFSCALER_GUIDANCE", "DIFFSCALER_TASK", "DIFFSCALER_TRAINING"}
 OWN_NAMES = {"zh": {*NAMES, "Latent", "Hook"}, "ja": NAMES}
 #: English -> the one word for it: Chinese, Japanese.
 GLOSSARY = {
@@ -146,7 +147,7 @@ def test_own_names_are_translated_the_same_everywhere() -> None:
         main = read(language, "main")
         assert set(main) == {"nodeCategories", "dataTypes", "diffscaler"}
         assert set(main["nodeCategories"]) == {"DiffScaler"}
-        assert set(main["dataTypes"]) == {"DIFFSCALER_TASK", "DIFFSCALER_TRAINING"}
+        assert set(main["dataTypes"]) == OWN_EDGES
         assert all(value for _, value in flat(main))
     assert "任务" in read("zh", "main")["dataTypes"]["DIFFSCALER_TASK"]
     assert "タスク" in read("ja", "main")["dataTypes"]["DIFFSCALER_TASK"]

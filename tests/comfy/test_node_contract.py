@@ -30,6 +30,7 @@ FROZEN = {
     "DiffScalerRouteTasks": [
         *("model", "positive", "tasks", "strengths", "mode", "negative", "component"),
     ],
+    "DiffScalerRouteExperts": ["model", "router_name", "tasks", "mode", "strength", "component"],
     "DiffScalerScheduleTask": [
         *("task", "points", "interpolation", "start", "end", "fade", "keyframes"),
     ],
@@ -54,6 +55,18 @@ FROZEN = {
         *("tuned", "base", "name", "rank", "energy", "scale", "targets", "exclude"),
     ],
     "DiffScalerImportLoRA": ["lora_name", "text_encoder"],
+    "DiffScalerTranslate": [
+        *("source_model", "target_model", "source_positive", "target_positive", "negative"),
+        *("latent", "seed", "steps", "cfg", "scheduler", "strength", "eta"),
+    ],
+    "DiffScalerGuidanceLoss": ["kind", "weight", "colour", "image", "mask", "losses"],
+    "DiffScalerGuideModel": [
+        *("model", "losses", "strength", "start_percent", "end_percent", "gradient", "vae"),
+    ],
+    "DiffScalerPickTask": [
+        *("model", "vae", "image", "tasks", "probes", "threshold", "if_none", "seed"),
+        *("conditioning", "least", "halving", "batch_size"),
+    ],
     "DiffScalerTaskConditioning": ["task", "prompt"],
     "DiffScalerTrainTask": [
         *("model", "name", "folder", "resolution", "method", "rank", "steps", "batch_size"),
@@ -72,6 +85,7 @@ FROZEN = {
         *("save_every", "keep", "precision", "checkpointing", "keep_latents"),
         *("control_drop", "lr_control", "control_rank", "control_activation", "control_embedding"),
         *("gamma_blocks", "rank_budget", "activation"),
+        *("experts", "time_route", "route_alpha", "route_beta"),
     ],
 }
 

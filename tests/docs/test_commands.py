@@ -99,6 +99,7 @@ EXPECTED = {
         "depth.safetensors",
         "roses.safetensors",
     ),
+    "docs/translate.md": ("cat_neon.png",),
 }
 
 

@@ -75,10 +75,27 @@ def evaluation(names, here):
     assert len(names["report"].rows) == 3
 
 
+def experts(names, here):
+    assert names["latents"].shape == (4, 16, 16, 16)
+    assert torch.isfinite(names["latents"]).all()
+    assert names["both"].rows_run == 4 * 4
+
+
+def features(names, here):
+    assert len(names["seen"]) == 3
+    assert {seen.shape for seen in names["seen"].values()} == {(4, 192)}
+
+
 def extract(names, here):
     assert 0 < names["found"].report.kept < 1
     assert names["smaller"].is_exact
     assert {len(t["down"]) for t in names["grown"].layers.values()} == {16}
+
+
+def guidance(names, here):
+    assert names["image"].size == (128, 128)
+    blue, red = (np.asarray(names["image"])[..., c].mean() for c in (2, 0))
+    assert blue > red
 
 
 def how_it_works(names, here):
@@ -104,11 +121,32 @@ def peft(names, here):
     assert names["pipe"].get_active_diffscalers() == ["mine"]
 
 
+def refine(names, here):
+    assert names["refined"].size == names["coarse"].size
+    assert names["refined"].tobytes() != names["coarse"].tobytes()
+
+
 def start_diffusers(names, here):
     drawn = [names[name] for name in ("image", "half", "both")]
     assert len({np.asarray(picture).tobytes() for picture in drawn}) == 3
     assert len(names["images"]) == 3
     assert names["pipe"].get_list_diffscalers() == {}
+
+
+def time_ranges(names, here):
+    assert names["both"].windows.edges == names["late"].windows.edges == (0.0,)
+    assert len(names["experts"].windows.edges) == 3
+
+
+def translate(names, here):
+    pixels = np.asarray(names["image"]).astype(int)
+    assert pixels.shape == (128, 128, 3)
+    assert abs(pixels[..., 0] - pixels[..., 2]).mean() < 40  # ink is nearly grey, the cat is not
+
+
+def which_task(names, here):
+    assert names["found"].answer == "ink"
+    assert names["found"].forwards < names["found"].full_forwards
 
 
 def training(names, here):
@@ -123,13 +161,20 @@ AFTERWARDS = {
     "docs/control.md": control,
     "docs/convert.md": convert,
     "docs/evaluation.md": evaluation,
+    "docs/experts.md": experts,
     "docs/extract.md": extract,
+    "docs/features.md": features,
+    "docs/guidance.md": guidance,
     "docs/how_it_works.md": how_it_works,
     "docs/many_tasks.md": many_tasks,
     "docs/methods.md": methods,
     "docs/peft.md": peft,
+    "docs/refine.md": refine,
     "docs/start_diffusers.md": start_diffusers,
+    "docs/time_ranges.md": time_ranges,
     "docs/training.md": training,
+    "docs/translate.md": translate,
+    "docs/which_task.md": which_task,
 }
 
 

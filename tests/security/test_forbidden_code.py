@@ -45,6 +45,10 @@ ALLOWED = {
     ("diffscaler_core/training/bases/load.py", ".from_pretrained"): "--base, said by the user",
     ("diffscaler_core/training/command/model_card.py", "huggingface_hub"): "--push-to-hub",
     ("diffscaler_core/training/data/datasets_library.py", ".load_dataset"): "--data datasets:name",
+    (
+        "diffscaler_core/training/picture_encoders.py",
+        ".from_pretrained",
+    ): "--repa folder or name, said by the user; safetensors alone",
 }
 
 

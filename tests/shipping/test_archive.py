@@ -34,7 +34,7 @@ def test_archive_holds_the_pack_and_nothing_else(names: set[str]) -> None:
     assert {"__init__.py", "LICENSE", "requirements.txt", "pyproject.toml"} <= names
     assert not [name for name in names if "__pycache__" in name or name.startswith("/")]
     inside = {"/".join(name.split("/")[:2]) for name in names if name.startswith("assets/")}
-    assert inside == {"assets/pocket", "assets/examples"}
+    assert inside == {"assets/pocket", "assets/examples", "assets/tasks"}
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ from diffscaler_core.training import (
 )
 
 #: plain: data parallel and accumulated; several: two tasks at once, one with control pictures;
-#: sharded: FSDP2; control: FSDP2 of a control task.
-KINDS = ("plain", "several", "sharded", "control")
+#: sharded: FSDP2; control: FSDP2 of a control task; aligned: with a projector beside the task.
+KINDS = ("plain", "several", "sharded", "control", "aligned")
 
 
 def data_for(seed, control=False):
@@ -50,7 +50,13 @@ def config_for(kind, processes):
         sample_steps=2,
         perturb="gaussian",
         shard=kind in ("sharded", "control") and processes > 1,
+        repa="own" if kind == "aligned" else "off",
     )
+
+
+def seen(pixels):
+    """An encoder: the mean colours of a picture's sixteenths."""
+    return torch.nn.functional.adaptive_avg_pool2d(pixels, 4).flatten(2).transpose(1, 2)
 
 
 def run(kind, out, accelerator):
@@ -66,6 +72,7 @@ def run(kind, out, accelerator):
         config_for(kind, 1 if accelerator is None else accelerator.num_processes),
         folder=out / "run",
         accelerator=accelerator,
+        encoder=seen,
     )
     if accelerator is None or accelerator.is_main_process:
         for name, task in tasks.items():

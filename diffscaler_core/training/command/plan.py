@@ -22,6 +22,7 @@ from ..data.batches import Batches
 from ..denoiser import Denoiser
 from ..learner import TaskRun
 from ..loop import fresh_task, train_tasks
+from ..picture_encoders import PictureEncoder
 from ..progress import Progress
 
 #: Optimiser -> bytes it keeps per parameter beside the float32 parameter and its gradient.
@@ -200,6 +201,7 @@ def time_steps(
     prompts: Prompts,
     accelerator: Any = None,
     ranks: RankChoice | None = None,
+    encoder: PictureEncoder | None = None,
 ) -> tuple[float, int | None]:
     """Returns (seconds of one step, peak bytes or None): three real steps, on a task let go again.
 
@@ -223,10 +225,11 @@ def time_steps(
         validate_every=0,
         sample_every=0,
         validation_share=0.0,
+        debias=0.0,
     )
     own = copy.deepcopy(prompts)  # learned ones would move
     run = TaskRun(config.name, data, own, ranks=ranks)
-    train_tasks(denoiser, [run], short, on_step=on_step, accelerator=accelerator)
+    train_tasks(denoiser, [run], short, on_step=on_step, accelerator=accelerator, encoder=encoder)
     peak = torch.cuda.max_memory_allocated(denoiser.device) if cuda else None
     return (ends[-1] - ends[0]) / max(1, len(ends) - 1), peak
 

@@ -12,6 +12,7 @@ from ...task import TaskAdapter
 from ..bases.load import default_words
 from ..conditioning import new_classes, prompts_for
 from ..data.batches import with_one_table
+from ..data.coarse import Coarse
 from ..data.controls import CONTROLS
 from ..data.prepare import TrainingData, encode_folder
 from ..data.sources import CONTROL_FOLDER
@@ -22,6 +23,8 @@ from ..settings import RunSettings, TaskSettings
 
 #: With `validation_share`, so many of a stream's first pictures are kept back.
 STREAM_VALIDATION = 64
+#: The name in CONTROLS that has a strength.
+REFINE = "refine"
 #: What is encoded -> how to show how far that is: (done, all).
 Shown = Callable[[str], Callable[[int, int], None]]
 
@@ -80,7 +83,12 @@ def load_run(
             size,
             denoiser.encode or (lambda pixels: pixels),
             name=name,
-            **_controls(kind, task.control_from, where if where != task.data else None),
+            **_controls(
+                kind,
+                task.control_from,
+                where if where != task.data else None,
+                settings.control_strength,
+            ),
             split=settings.split,
             image=settings.image_column,
             prompt=settings.caption_column,
@@ -111,10 +119,13 @@ def load_run(
     return TaskRun(
         task.name, data, prompts, words, start,
         validation=validation, prior=prior, seed=config.seed, control=kind,
+        biased=None if settings.debias_from is None else load_task(settings.debias_from),
     )  # fmt: skip
 
 
-def _controls(kind: str, source: str | None, other: str | None = None) -> dict[str, Any]:
+def _controls(
+    kind: str, source: str | None, other: str | None = None, strength: float = 1.0
+) -> dict[str, Any]:
     """Returns where control pictures come from, as `encode_folder` and `stream` are told.
 
     Args:
@@ -122,10 +133,18 @@ def _controls(kind: str, source: str | None, other: str | None = None) -> dict[s
         source: A name of CONTROLS, a folder, or a column or key; None: by the kind if it is one of
             CONTROLS, else from beside the pictures, or the first column that is called so.
         other: Pictures other than the training's: theirs lie beside them, if that folder is there.
+        strength: Of coarse pictures to refine.
     """
     if not kind:
         return {}
     source = source or (kind if kind in CONTROLS else None)
+    if strength != 1 and source != REFINE:
+        raise DiffScalerError(
+            f"control_strength {strength:g} says how coarse the pictures of control_from "
+            f"{REFINE!r} are; this run's controls are {source or kind!r}"
+        )
+    if source == REFINE:
+        return {"control_from": Coarse(strength)}
     if source in CONTROLS:
         return {"control_from": source}
     if source is None:
@@ -176,7 +195,7 @@ def _streamed(
         flip=settings.flip,
         channels=denoiser.channels,
         validation=STREAM_VALIDATION if config.validation_share else 0,
-        **_controls(kind, task.control_from),
+        **_controls(kind, task.control_from, strength=settings.control_strength),
     )
     prompts = prompts_for(denoiser, data.prompts, task.prompts, words=words, seed=config.seed)
     return TaskRun(task.name, data, prompts, words, start, seed=config.seed, control=kind)

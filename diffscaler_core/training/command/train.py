@@ -29,6 +29,7 @@ from ..denoiser import Denoiser
 from ..engine import DivergedError
 from ..learner import TaskRun
 from ..loop import choose_ranks, train_tasks
+from ..picture_encoders import PictureEncoder, load_encoder
 from ..progress import Progress, by_noise
 from ..run_folder import RunFolder
 from ..settings import SECTIONS, SETTINGS, RunSettings, Setting
@@ -61,6 +62,7 @@ class _Job:
     denoiser: Denoiser
     runs: list[TaskRun]
     folder: RunFolder
+    encoder: PictureEncoder | None = None
 
     @property
     def main(self) -> bool:
@@ -106,6 +108,9 @@ def _load(settings: RunSettings) -> _Job:
     if accelerator is not None and device == "auto":
         device = str(accelerator.device)
     denoiser = as_denoiser(load_base(settings.base, settings.dtype, device))
+    encoder = None
+    if settings.config.repa != "off" and settings.config.repa_weight:
+        encoder = load_encoder(settings.config.repa, denoiser.device, download=True)
     runs = []
     with _main_first(accelerator if settings.cache else None):
         for task in settings.tasks:
@@ -129,7 +134,7 @@ def _load(settings: RunSettings) -> _Job:
         for line in before_training(config, len(run.data), parameters):
             console.print(f"{run.name}: {line}", style="yellow", markup=False, highlight=False)
     folder = RunFolder(settings.folder, settings, main=main)
-    return _Job(settings, console, accelerator, denoiser, runs, folder)
+    return _Job(settings, console, accelerator, denoiser, runs, folder, encoder)
 
 
 def _print_plan(job: _Job, as_json: bool) -> None:
@@ -152,7 +157,7 @@ def _print_plan(job: _Job, as_json: bool) -> None:
             processes=processes,
         )
         seconds, peak = time_steps(
-            job.denoiser, config, run.data, run.prompts, job.accelerator, ranks=ranks
+            job.denoiser, config, run.data, run.prompts, job.accelerator, ranks, job.encoder
         )
         plans.append(replace(plan, step_seconds=seconds, peak_bytes=peak))
     if job.main and as_json:
@@ -183,7 +188,9 @@ def _run(job: _Job) -> tuple[dict[str, TaskAdapter], dict[str, list[Tensor]], in
                 resume=settings.resume,
                 on_step=on_step,
                 on_ranks=lambda name, ranks: display.say(f"{name}: {ranks.report()}"),
+                on_groups=lambda name, found: display.say(f"{name}: {found.report()}"),
                 accelerator=job.accelerator,
+                encoder=job.encoder,
             )
         except DivergedError as error:
             raise _diverged(job, error) from error

@@ -28,12 +28,14 @@ class Batch:
         control: Latents of the control pictures, (B, C, h, w); None without them.
         condition: What the base is told, one row per picture, in place of `index`: only where
             texts are encoded on the fly (see `streaming.StreamedData`).
+        pictures: Each one's number, (B,), counted through all buckets; None of a stream.
     """
 
     x0: Tensor
     index: Tensor
     control: Tensor | None = None
     condition: Mapping[str, Tensor] | None = None
+    pictures: Tensor | None = None
 
 
 class Batches(Protocol):
@@ -236,7 +238,8 @@ class TrainingData:
     def _rows(self, number: int, views: Tensor, rows: Tensor) -> Batch:
         start = sum(int(bucket.shape[1]) for bucket in self.buckets[:number])
         control = self.controls[number][views, rows] if self.controls else None
-        return Batch(self.buckets[number][views, rows], self.index[rows + start], control)
+        own = rows + start
+        return Batch(self.buckets[number][views, rows], self.index[own], control, pictures=own)
 
 
 def with_one_table(

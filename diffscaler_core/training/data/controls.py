@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import DiffScalerError, unknown
 from ..randomness import generator_for
 from .cache import digest_of
+from .coarse import Coarse, blurred, shrunk
 
 #: (pixels (channels, H, W) in −1..1, seed) -> control pixels of the same shape and range.
 MakeControl = Callable[[Tensor, int], Tensor]
@@ -43,13 +43,7 @@ def edges(pixels: Tensor, seed: int) -> Tensor:
 
 def blur(pixels: Tensor, seed: int) -> Tensor:
     """Returns the picture blurred (Gauss), of which only large shapes and colours are left."""
-    radius = max(1, round(BLUR * min(pixels.shape[-2:])))
-    steps = torch.arange(-radius, radius + 1, device=pixels.device)
-    weights = torch.exp(-0.5 * (3 * steps / radius) ** 2)
-    weights = weights / weights.sum()
-    rows = F.pad(pixels.float()[:, None], (radius,) * 4, mode="replicate")
-    rows = F.conv2d(rows, weights.view(1, 1, 1, -1))
-    return F.conv2d(rows, weights.view(1, 1, -1, 1))[:, 0].clamp(-1, 1)
+    return blurred(pixels, BLUR)
 
 
 def mask(pixels: Tensor, seed: int) -> Tensor:
@@ -81,10 +75,7 @@ def grey(pixels: Tensor, seed: int) -> Tensor:
 
 def low_resolution(pixels: Tensor, seed: int) -> Tensor:
     """Returns the picture as an eighth of its pixels a side would show it, at its own size."""
-    height, width = pixels.shape[-2:]
-    small = (max(1, round(height / SMALLER)), max(1, round(width / SMALLER)))
-    shrunk = F.interpolate(pixels.float()[None], small, mode="area")
-    return F.interpolate(shrunk, (height, width), mode="bicubic", antialias=False)[0].clamp(-1, 1)
+    return shrunk(pixels, SMALLER)
 
 
 #: Name, as `control_from` takes it -> how a control is made of a picture.
@@ -94,23 +85,27 @@ CONTROLS: dict[str, MakeControl] = {
     "mask": mask,
     "grey": grey,
     "low_resolution": low_resolution,
+    "refine": Coarse(),
 }
 
 
 def maker_of(control_from: str | MakeControl) -> tuple[MakeControl, str | None]:
     """Returns how controls are made, and what names it in a cache (None for a user's function).
 
+    A `Coarse` names itself.
+
     Raises:
         UnknownNameError: None of CONTROLS, and no function.
         DiffScalerError: The library it needs is not installed.
     """
-    if callable(control_from):
-        return control_from, None
-    if control_from not in CONTROLS:
-        raise unknown("control made from pictures", control_from, CONTROLS)
-    if control_from == "edges":
-        _canny()  # said before the first picture is read
-    return CONTROLS[control_from], f"{control_from} {VERSION}"
+    if isinstance(control_from, str):
+        if control_from not in CONTROLS:
+            raise unknown("control made from pictures", control_from, CONTROLS)
+        if control_from == "edges":
+            _canny()  # said before the first picture is read
+        own = CONTROLS[control_from]
+        return own, own.key if isinstance(own, Coarse) else f"{control_from} {VERSION}"
+    return control_from, control_from.key if isinstance(control_from, Coarse) else None
 
 
 def made(make: MakeControl, pixels: Tensor) -> Tensor:

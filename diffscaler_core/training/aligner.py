@@ -1,0 +1,126 @@
+"""Aligner: what one task's run keeps for `repa`; the projector, and features of its pictures.
+
+Data are latents, and an encoder sees pictures: each is decoded with the base's VAE and looked at
+once, alone (so that its features do not hang on its neighbours in a batch), when it first comes up;
+its features are then kept in memory, in float16, found again by a hash of its latents. So all but
+the first round through the pictures cost a look-up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DiffScalerError
+from .alignment import Grid, Projector, cosines, grid_of, on_grid, weight_at
+from .block_tokens import block_number, blocks_of, outputs_of, patch_side, picture_tokens
+from .denoiser import Denoiser
+from .learner import Learner
+from .picture_encoders import PictureEncoder
+from .randomness import generator_for
+
+logger = logging.getLogger(__name__)
+
+
+class Aligner:
+    """One task's part in REPA.
+
+    Attributes:
+        block: The block that is looked into; the base's own.
+        projector: Trained beside the task.
+        cosine: Mean cosines since they were asked for last; on the device, not read back.
+    """
+
+    def __init__(self, learner: Learner, denoiser: Denoiser, encoder: PictureEncoder) -> None:
+        """Runs base and encoder on one picture, to know how wide their tokens are.
+
+        Raises:
+            DiffScalerError: The block gives no tokens of the picture, or the encoder no grid.
+        """
+        config = learner.config
+        self.config, self.encoder, self.decode = config, encoder, denoiser.decode
+        self.device = denoiser.device
+        if self.decode is None and denoiser.channels != 3:
+            raise DiffScalerError("repa shows pictures to an encoder: this base cannot decode any")
+        self.block = blocks_of(denoiser.model)[block_number(denoiser.model, config.repa_block) - 1]
+        self.patch = patch_side(denoiser.model)
+        self.kept: dict[bytes, Tensor] = {}
+        drawn = learner.draw(0)
+        features = self.features(drawn.x0[:1])
+        grid_of(features.shape[1], *drawn.x0.shape[-2:])
+        own = drawn.rows(slice(0, 1), denoiser.device)
+        timestep, x_t = denoiser.objective.noisy(own.x0, own.noise, own.t)
+        with torch.no_grad(), outputs_of(self.block) as found:
+            denoiser(x_t, timestep, learner.condition(own))
+        tokens, _ = picture_tokens(found[-1] if found else (), x_t, self.patch)
+        self.projector = Projector(
+            tokens.shape[-1],
+            config.repa_width,
+            features.shape[-1],
+            generator_for(learner.seed, "projector"),
+        ).to(denoiser.device)
+        self.cosine: list[Tensor] = []
+
+    @property
+    def named(self) -> dict[str, nn.Parameter]:
+        """The projector's parameters, by name."""
+        return dict(self.projector.named_parameters())
+
+    def weight(self, step: int) -> float:
+        """Returns λ at step number `step` (from 0)."""
+        config = self.config
+        return weight_at(step, config.steps, config.repa_weight, config.repa_until)
+
+    @torch.no_grad()
+    def features(self, x0: Tensor) -> Tensor:
+        """Returns the encoder's tokens of clean latents (B, C, h, w), (B, M, Z), on the CPU.
+
+        Raises:
+            DiffScalerError: The encoder gives something else than tokens, or NaN or Inf.
+        """
+        found = []
+        for row in x0:
+            key = hashlib.blake2b(row.contiguous().cpu().numpy().tobytes(), digest_size=16).digest()
+            if key not in self.kept:
+                self.kept[key] = self._seen(row[None])
+            found.append(self.kept[key])
+        return torch.stack(found)
+
+    def _seen(self, x0: Tensor) -> Tensor:
+        x0 = x0.to(self.device)
+        pixels = x0 if self.decode is None else self.decode(x0)
+        tokens = self.encoder(pixels.float().clamp(-1, 1))
+        if not isinstance(tokens, Tensor) or tokens.ndim != 3 or len(tokens) != 1:
+            what = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise DiffScalerError(
+                f"an encoder for repa gives tokens (B, M, Z) of pictures (B, 3, H, W), not {what}"
+            )
+        if not bool(torch.isfinite(tokens).all()):
+            raise DiffScalerError("the encoder of repa gave NaN or Inf")
+        return tokens[0].to("cpu", torch.float16)
+
+    def loss(self, hidden: Tensor, grid: Grid, features: Tensor) -> Tensor:
+        """Returns −cos, mean over rows and tokens; notes the cosine.
+
+        Args:
+            hidden: The block's tokens, (B, N, D), on their grid.
+            grid: (h, w), N = h · w.
+            features: From `features`, (B, M, Z).
+        """
+        have = grid_of(features.shape[1], *grid)
+        cosine = cosines(
+            self.projector(hidden.float()), on_grid(features.float(), have, grid)
+        ).mean()
+        self.cosine.append(cosine.detach())
+        return -cosine
+
+    def told(self) -> float | None:
+        """Returns the mean cosine since this was asked last, None if there was none."""
+        if not self.cosine:
+            return None
+        mean = float(torch.stack(self.cosine).mean())
+        self.cosine.clear()
+        return mean
