@@ -253,7 +253,7 @@ def draw(base: str, done: Sequence[Cell], shown: int = 3) -> None:
     side, left, top = 48, 190, 20
     names, rows = tuple(SETS), ["set", "base", *METHODS]
     rows = [k for k in rows if k == "set" or any(one["method"] == k for one in done)]
-    width = left + len(names) * (shown * side + 6)
+    width = left + len(names) * (shown * side + 6) + 16  # the last title is wider than its pictures
     page = Image.new("RGB", (width, top + len(rows) * (side + 2)), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=12)
     for j, name in enumerate(names):

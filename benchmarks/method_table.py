@@ -178,7 +178,7 @@ METHODS: dict[str, Method] = {
         bases=("dit",),
         seeds=1,
     ),
-    "peft_ia3": Method("IA³ by PEFT", VECTORS, baseline="peft_ia3", bases=("dit",), seeds=1),
+    "peft_ia3": Method("IA3 by PEFT", VECTORS, baseline="peft_ia3", bases=("dit",), seeds=1),
 }
 
 

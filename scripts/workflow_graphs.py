@@ -285,6 +285,50 @@ def train_task() -> Workflow:
     return flow
 
 
+def time_ranges() -> Workflow:
+    """A task whose units are shared out among ranges of noise, trained and put to use."""
+    flow = Workflow(
+        "time_ranges",
+        "**Experts for ranges of noise.** As in *train_task*, but *experts* on the settings shares "
+        "out the 16 units of each layer's new subspace: 4 act at each of 4 ranges of noise, one "
+        "after the other while a picture is drawn. Everything else about the task is as usual. "
+        "100 steps, about two minutes on a CPU.",
+    )
+    model, vae, latent = flow.base()
+    words = flow.task("words", (1, 0))
+    positive = flow.prompt(words, "rocket", (1, 130))
+    negative = flow.prompt(words, "", (1, 270))
+    flow.frame("prompts, stored in a task file", PALE, words, positive, negative)
+    settings = flow.add("DiffScalerTrainingSettings", (1, 470), color="green", experts=4)
+    trained = flow.add(
+        "DiffScalerTrainTask",
+        (2, 0),
+        color="green",
+        model=model,
+        name="ink_by_noise",
+        folder="example: ink drawings",
+        resolution=SIZE,
+        method="diffscaler",
+        rank=16,
+        steps=100,
+        batch_size=8,
+        learning_rate=0.005,
+        seed=0,
+        resume="auto",
+        vae=vae,
+        words=words,
+        settings=settings,
+    )
+    flow.frame("settings", GREEN, settings)
+    flow.frame("training", GREEN, trained)
+    told = flow.add("DiffScalerTaskInfo", (3, 1060), task=trained)
+    applied = flow.apply(model, trained, (3, ROW))
+    flow.picture("before", (4, 0), (model, positive, negative, latent, vae))
+    flow.picture("after", (4, ROW), (applied, positive, negative, latent, vae), applied)
+    flow.frame("the task", GREY, told)
+    return flow
+
+
 def control() -> Workflow:
     """One picture's edges and silhouette as controls, alone and together."""
     flow = Workflow(
@@ -767,6 +811,7 @@ ALL: Sequence[Callable[[], Workflow]] = (
     schedule,
     regions,
     train_task,
+    time_ranges,
     import_lora,
     extract_task,
     pick_task,
