@@ -60,6 +60,8 @@ def _refusal(kind: Any, facts: dict[str, Any], value: Any) -> str | None:
     options = kind if isinstance(kind, list) else facts.get("options")
     if options is not None:
         return None if value in options else f"not one of {options}"
+    if kind == "COLOR":
+        return None if re.fullmatch("#[0-9a-f]{6}", str(value)) else "no #rrggbb"
     types = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool}
     if kind not in types:
         return f"a {kind} has to be linked"

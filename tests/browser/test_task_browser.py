@@ -15,7 +15,9 @@ from diffscaler_core import load_task
 POCKET = Path(__file__).resolve().parents[2] / "assets" / "pocket" / "diffscaler"
 ACT = Path(__file__).parent / "acts" / "task_browser.mjs"
 RENDERERS = {"canvas": False, "vue": True}
-FILES = sorted(path.name for path in POCKET.glob("*.safetensors"))
+FOLDERS = (POCKET, POCKET.parents[1] / "tasks")  # as the test server is told
+PATHS = {path.name: path for folder in FOLDERS for path in folder.glob("*.safetensors")}
+FILES = sorted(PATHS)
 HOSTILE = "hostile.safetensors"
 BROKEN = "broken.safetensors"
 
@@ -69,10 +71,10 @@ def test_every_task_has_a_card_with_its_facts_and_picture(found: Any) -> None:
     cards = _by_file(found["all"])
     assert sorted(cards) == sorted([*FILES, HOSTILE, BROKEN])
     for name in FILES:
-        task, said = load_task(POCKET / name), cards[name]["said"]
+        task, said = load_task(PATHS[name]), cards[name]["said"]
         assert task.modelspec["title"] in said
         assert task.info["base"]["family"] in said
-        assert f"{(POCKET / name).stat().st_size / 1024:.0f} KiB" in said
+        assert f"{PATHS[name].stat().st_size / 1024:.0f} KiB" in said
         assert (cards[name]["width"] > 0) == ("thumbnail" in task.modelspec)
         assert not cards[name]["problem"]
     assert "control: edges" in cards["edges.safetensors"]["said"]

@@ -40,6 +40,7 @@ def test_model_folder_keeps_the_users_extra_paths(pack: ModuleType, comfy_base: 
     paths = [Path(path) for path in folder_paths.get_folder_paths("diffscaler")]
     assert paths == [
         ROOT / "assets" / "pocket" / "diffscaler",  # from extra_model_paths.yaml
+        ROOT / "assets" / "tasks",
         comfy_base / "models" / "diffscaler",
         comfy_base / "output" / "diffscaler",
     ]

@@ -40,6 +40,8 @@ def told(page, command, steps):
         return [*words, *EVAL.split()]
     if words[0] != "train":
         return words
+    if page == "docs/training_helpers.md":  # at 32 pixels a picture has as many tokens as a prompt
+        return [*words, *TRAIN.replace("32", "48").split(), "--rank", "2", "--steps", str(steps)]
     if page == "docs/auto_rank.md":
         return [*words, *TRAIN.split(), "--steps", "1", "--resume", "never"]
     return [*words, *TRAIN.split(), "--rank", "2", "--steps", str(steps)]

@@ -24,8 +24,9 @@ POCKET = Path(__file__).resolve().parents[2] / "assets" / "pocket" / "diffscaler
 FILES = ("ink.safetensors", "edges.safetensors", "words.safetensors")
 SHAPES = ((8, 8), (1, 8, 8), (2, 8, 8), (1, 1, 8, 8), (1, 2, 8, 8), (8,), (), (0, 8, 8), (1, 0, 0),
           (1, 1, 1), (3, 5, 7), (1, 8, 8, 3), (2, 2, 2, 2, 2))  # fmt: skip
-#: They take models and pictures and nothing else that a check could refuse at once.
-LEFT_OUT = {"Control", "ExtractTask", "TrainingSettings"}
+#: They take models and pictures and nothing else that a check could refuse at once, or they run the
+#: model.
+LEFT_OUT = {"Control", "ExtractTask", "PickTask", "TrainingSettings", "Translate"}
 
 
 class Desk:
@@ -45,6 +46,8 @@ class Desk:
         self.tasks = [self.core.load_task(POCKET / name) for name in FILES]
         info = {"name": "small", "method": "diffscaler", "activation": "relu"}
         self.small = self.core.TaskAdapter(layers(), info)
+        blue = {"kind": "colour", "weight": 1.0, "colour": "#2060e0"}
+        self.losses = self.nodes["GuidanceLoss"].execute(**blue).result[0]
         self.prompt = [[torch.zeros(1, 4, 8), {"pooled_output": torch.zeros(1, 8)}]]
 
     def some_tasks(self, rng: Random) -> dict[str, Any]:
@@ -130,6 +133,20 @@ def inputs(desk: Desk, rng: Random) -> tuple[str, dict[str, Any]]:
     if name == "ImportLoRA":
         chosen = rng.choice(("ink_lora.safetensors", word(rng), f"../{word(rng)}"))
         return name, {"lora_name": chosen, "text_encoder": word(rng)}
+    if name == "RouteExperts":
+        chosen = rng.choice(("fruits_smileys.safetensors", word(rng), f"../{word(rng)}"))
+        given = {"model": desk.model, "tasks": desk.some_tasks(rng), "router_name": chosen}
+        given |= {"mode": rng.choice(("top1", "full", word(rng))), "strength": _number(rng)}
+        return name, {**given, "component": _component(rng)}
+    if name == "GuidanceLoss":
+        given = {"kind": rng.choice(("colour", "edges", word(rng))), "weight": _number(rng)}
+        given["colour"] = rng.choice(("#2060e0", word(rng)))
+        given["image"] = _tensor(rng, (1, 8, 8, 3)) if rng.random() < 0.7 else None
+        return name, {**given, "mask": _tensor(rng) if rng.random() < 0.5 else None}
+    if name == "GuideModel":
+        given = {"model": desk.model, "losses": desk.losses, "strength": _number(rng)}
+        given |= {"start_percent": _number(rng), "end_percent": _number(rng)}
+        return name, {**given, "gradient": rng.choice(("at the prediction", word(rng)))}
     if name == "TaskInfo":
         return name, {"task": rng.choice((*desk.tasks, desk.small)), "raw": None}
     if name == "TrainTask":
@@ -182,7 +199,7 @@ def target(pack: ModuleType, base: Path) -> Target:
         try:
             run_with(desk, case)
         except FileNotFoundError:  # ComfyUI's own words for a file that is not in the list
-            if case[0] not in ("LoadTask", "ImportLoRA"):
+            if case[0] not in ("LoadTask", "ImportLoRA", "RouteExperts"):
                 raise
 
     return Target("nodes", lambda rng: inputs(desk, rng), run, examples=15)

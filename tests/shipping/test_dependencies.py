@@ -18,7 +18,7 @@ CORE, NODES = ROOT / "diffscaler_core", ROOT / "nodes"
 #: ComfyUI's own top-level modules.
 HOST = {
     *("comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "nodes", "server"),
-    "node_helpers",
+    *("node_helpers", "latent_preview"),
 }
 #: Imported only where it is there anyway, and the place says so when it is not.
 #: huggingface_hub, packaging: of diffusers. bitsandbytes: of optimizer adamw8bit. torch_fidelity:
