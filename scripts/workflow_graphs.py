@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from workflow_parts import (
     BLUE,
@@ -226,6 +227,41 @@ def regions() -> Workflow:
     return flow
 
 
+def _trained_on_ink(
+    flow: Workflow, word: str, settings: dict[str, Any], **told: Any
+) -> tuple[Link, tuple[Link, Link, Link, Link], Link]:
+    """Adds a base, its prompts and a training on the pack's ink drawings.
+
+    Returns the model, (positive, negative, latent, VAE), and the training.
+    """
+    model, vae, latent = flow.base()
+    words = flow.task("words", (1, 0))
+    positive = flow.prompt(words, word, (1, 130))
+    negative = flow.prompt(words, "", (1, 270))
+    flow.frame("prompts, stored in a task file", PALE, words, positive, negative)
+    chosen = flow.add("DiffScalerTrainingSettings", (1, 470), color="green", **settings)
+    trained = flow.add(
+        "DiffScalerTrainTask",
+        (2, 0),
+        color="green",
+        model=model,
+        folder="example: ink drawings",
+        resolution=SIZE,
+        method="diffscaler",
+        batch_size=8,
+        learning_rate=0.005,
+        seed=0,
+        resume="auto",
+        vae=vae,
+        words=words,
+        settings=chosen,
+        **told,
+    )
+    flow.frame("settings", GREEN, chosen)
+    flow.frame("training", GREEN, trained)
+    return model, (positive, negative, latent, vae), trained
+
+
 def train_task() -> Workflow:
     """A task trained on the pack's own pictures, and put to use."""
     flow = Workflow(
@@ -234,35 +270,14 @@ def train_task() -> Workflow:
         "two minutes on a CPU; samples appear on the node. Then a word that was not among them, "
         "before and after. For your own pictures choose a folder of ComfyUI's *input*.",
     )
-    model, vae, latent = flow.base()
-    words = flow.task("words", (1, 0))
-    positive = flow.prompt(words, "bear", (1, 130))
-    negative = flow.prompt(words, "", (1, 270))
-    flow.frame("prompts, stored in a task file", PALE, words, positive, negative)
-    settings = flow.add(
-        "DiffScalerTrainingSettings", (1, 470), color="green", sample_every=50, guidance=GUIDANCE
-    )
-    trained = flow.add(
-        "DiffScalerTrainTask",
-        (2, 0),
-        color="green",
-        model=model,
+    model, others, trained = _trained_on_ink(
+        flow,
+        "bear",
+        {"sample_every": 50, "guidance": GUIDANCE},
         name="ink_example",
-        folder="example: ink drawings",
-        resolution=SIZE,
-        method="diffscaler",
         rank=8,
         steps=200,
-        batch_size=8,
-        learning_rate=0.005,
-        seed=0,
-        resume="auto",
-        vae=vae,
-        words=words,
-        settings=settings,
     )
-    flow.frame("settings", GREEN, settings)
-    flow.frame("training", GREEN, trained)
     samples = flow.add(
         "PreviewImage", (2, 1060), "samples of the run", PICTURE, images=[trained[0], 2]
     )
@@ -280,8 +295,8 @@ def train_task() -> Workflow:
     )
     flow.frame("what came of it", GREY, samples, losses, saved)
     applied = flow.apply(model, trained, (3, ROW))
-    flow.picture("before", (4, 0), (model, positive, negative, latent, vae))
-    flow.picture("after", (4, ROW), (applied, positive, negative, latent, vae), applied)
+    flow.picture("before", (4, 0), (model, *others))
+    flow.picture("after", (4, ROW), (applied, *others), applied)
     return flow
 
 
@@ -294,37 +309,13 @@ def time_ranges() -> Workflow:
         "after the other while a picture is drawn. Everything else about the task is as usual. "
         "100 steps, about two minutes on a CPU.",
     )
-    model, vae, latent = flow.base()
-    words = flow.task("words", (1, 0))
-    positive = flow.prompt(words, "rocket", (1, 130))
-    negative = flow.prompt(words, "", (1, 270))
-    flow.frame("prompts, stored in a task file", PALE, words, positive, negative)
-    settings = flow.add("DiffScalerTrainingSettings", (1, 470), color="green", experts=4)
-    trained = flow.add(
-        "DiffScalerTrainTask",
-        (2, 0),
-        color="green",
-        model=model,
-        name="ink_by_noise",
-        folder="example: ink drawings",
-        resolution=SIZE,
-        method="diffscaler",
-        rank=16,
-        steps=100,
-        batch_size=8,
-        learning_rate=0.005,
-        seed=0,
-        resume="auto",
-        vae=vae,
-        words=words,
-        settings=settings,
+    model, others, trained = _trained_on_ink(
+        flow, "rocket", {"experts": 4}, name="ink_by_noise", rank=16, steps=100
     )
-    flow.frame("settings", GREEN, settings)
-    flow.frame("training", GREEN, trained)
     told = flow.add("DiffScalerTaskInfo", (3, 1060), task=trained)
     applied = flow.apply(model, trained, (3, ROW))
-    flow.picture("before", (4, 0), (model, positive, negative, latent, vae))
-    flow.picture("after", (4, ROW), (applied, positive, negative, latent, vae), applied)
+    flow.picture("before", (4, 0), (model, *others))
+    flow.picture("after", (4, ROW), (applied, *others), applied)
     flow.frame("the task", GREY, told)
     return flow
 
