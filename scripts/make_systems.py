@@ -21,7 +21,8 @@ HEAD = """<!-- Written by scripts/make_systems.py from systems_table.py. -->
 
 What others have built on or beside diffusion models, where its home is a bank of tasks on one
 frozen base. **works**: it is here, and the tests named below hold it. **composes with**: the system
-is a library or a part of the host, and tasks are tested beside it. **not yet**: nothing here is
+is a library or a part of the host, and tasks are tested beside it. **in part**: it runs, and
+misses what is named. **not yet**: nothing here is
 tested, so nothing is claimed; what stands there is what it would be.
 
 The papers' own figures are theirs: none is claimed here. What was measured here stands on each

@@ -20,6 +20,7 @@ class System:
         page: The page of docs/ about it; "": none.
         library: What it composes with, where the system itself is that; "": it is ours.
         tests: `file::function`; none: not yet.
+        missed: What it was to reach and does not; "": nothing.
     """
 
     title: str
@@ -28,12 +29,15 @@ class System:
     page: str = ""
     library: str = ""
     tests: tuple[str, ...] = ()
+    missed: str = ""
 
     @property
     def state(self) -> str:
         """The state that the tests allow to claim."""
         if not self.tests:
             return "not yet"
+        if self.missed:
+            return f"in part: {self.missed}"
         return f"composes with {self.library}" if self.library else "works"
 
 
@@ -158,6 +162,7 @@ SYSTEMS = (
             "tests/training/test_refine.py::test_soft_pictures_become_sharp_and_stay_as_near",
             "tests/training/test_refine.py::test_a_wrong_coarse_picture_is_followed",
         ),
+        missed="one result gains 0.7 dB of a JPEG where 1 was asked, and none of a blur",
     ),
     System(
         "Diffusion features",
@@ -173,7 +178,7 @@ SYSTEMS = (
     System(
         "REPA",
         "2410.06940",
-        "an alignment loss while training",
+        "an alignment loss while training (no gain on the pocket base)",
         "training_helpers.md",
         tests=(
             f"{_ALIGN}test_the_block_comes_to_see_what_the_encoder_sees",

@@ -154,6 +154,14 @@ def test_heavy_jpeg_comes_nearer_to_the_true_pictures(refined, true):
     assert float(psnr(refined(coarse, with_task=False), true).mean()) < near - 3
 
 
+@pytest.mark.xfail(strict=True, reason="the shipped task gains 0.7 dB of JPEG, and none of blur")
+@pytest.mark.parametrize("kind", ["jpeg", "blur", "low_resolution"])
+def test_one_sample_is_a_decibel_nearer_to_the_true_pictures(refined, true, kind):
+    """The acceptance as it was set; strict, so that a task that reaches it is noticed."""
+    coarse = torch.stack([KINDS[kind](picture, 1.0) for picture in true])
+    assert float(psnr(refined(coarse), true).mean()) > float(psnr(coarse, true).mean()) + 1
+
+
 @pytest.mark.parametrize("kind", ["blur", "low_resolution"])
 def test_soft_pictures_become_sharp_and_stay_as_near(refined, true, kind):
     """A blur is near by the square error, and unsharp: a sharp guess can hardly be nearer."""
