@@ -243,7 +243,7 @@ def chart(done: Sequence[Cell]) -> None:
             axis.axhline(value, color="black", linestyle=":", label="full fine-tuning")
         axis.set(title=SETS[name].title, xscale="log", xlabel="parameters")
     axes[0].set_ylabel("validation loss")
-    axes[0].legend(fontsize=7)
+    axes[1].legend(fontsize=7, loc="upper right")
     figure.savefig(IMAGES / "methods_ablation.png", dpi=110)
     plt.close(figure)
 

@@ -31,7 +31,7 @@ from .control_conds import conds_of
 from .keymap import diffusers_model
 from .native_layout import native_layout
 from .noise import noise_of
-from .patching import is_compiled, route_tasks, tasks_on
+from .patching import Stays, is_compiled, route_tasks, tasks_on
 from .row_conds import ROUTE, Route, RowCond, RowsOfCall, added, together
 
 KEY = "diffscaler_experts"
@@ -100,15 +100,7 @@ def route_experts(
     return clone
 
 
-class _Stays:
-    """What ComfyUI keeps among a model's wrappers."""
-
-    def to(self, *args: object, **kwargs: object) -> _Stays:
-        """Does nothing: ComfyUI offers devices and dtypes, even float8, to whatever has `to`."""
-        return self
-
-
-class _Everywhere(_Stays):
+class _Everywhere(Stays):
     """Routes the experts on every conditioning, so that each row of a call has them at hand."""
 
     def __init__(self, routes: Sequence[Route], strength: float) -> None:
@@ -127,7 +119,7 @@ class _Everywhere(_Stays):
         return {**cond, "model_conds": placed}
 
 
-class _Chooser(_Stays):
+class _Chooser(Stays):
     """Has the router look at a call's rows, and runs them with the experts it chooses."""
 
     def __init__(self, router: Router, routes: Sequence[Route], mode: str) -> None:

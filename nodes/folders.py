@@ -12,19 +12,19 @@ from ..diffscaler_core.file_names import problem_of
 FOLDER = "diffscaler"
 
 
-def register_folder() -> None:
-    """Registers models/diffscaler and output/diffscaler, for `.safetensors` files only.
+def register_folder(folder: str = FOLDER) -> None:
+    """Registers models/<folder> and output/<folder>, for `.safetensors` files only.
 
     The output folder is listed too, so that a task trained or saved here can be loaded at once.
     Entries that extra_model_paths.yaml made under the same name stay in front.
     """
-    models = os.path.join(folder_paths.models_dir, FOLDER)
+    models = os.path.join(folder_paths.models_dir, folder)
     with contextlib.suppress(OSError):  # a read-only model store only has no place to put files
         os.makedirs(models, exist_ok=True)
-    for path in (models, os.path.join(folder_paths.get_output_directory(), FOLDER)):
-        folder_paths.add_model_folder_path(FOLDER, path)
-    paths, _ = folder_paths.folder_names_and_paths[FOLDER]
-    folder_paths.folder_names_and_paths[FOLDER] = (paths, {".safetensors"})
+    for path in (models, os.path.join(folder_paths.get_output_directory(), folder)):
+        folder_paths.add_model_folder_path(folder, path)
+    paths, _ = folder_paths.folder_names_and_paths[folder]
+    folder_paths.folder_names_and_paths[folder] = (paths, {".safetensors"})
 
 
 def stamp_of(path: str | os.PathLike[str]) -> tuple[int, ...]:

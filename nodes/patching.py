@@ -206,15 +206,15 @@ def tasks_on(model: ModelPatcher) -> tuple[Entry, ...]:
     return tuple(model.model_options.get("transformer_options", {}).get(KEY, ()))
 
 
-class _Stays:
-    """What ComfyUI keeps among a model's wrappers."""
+class Stays:
+    """What ComfyUI keeps among a model's wrappers: base of them all."""
 
-    def to(self, *args: object, **kwargs: object) -> _Stays:
+    def to(self, *args: object, **kwargs: object) -> Stays:
         """Does nothing: ComfyUI offers devices and dtypes, even float8, to whatever has `to`."""
         return self
 
 
-class _Wrapper(_Stays):
+class _Wrapper(Stays):
     """Runs one model call with its tasks."""
 
     def __call__(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
@@ -259,7 +259,7 @@ class _Wrapper(_Stays):
             return executor(*args, **kwargs)
 
 
-class _Placer(_Stays):
+class _Placer(Stays):
     """Lays out what rides on conditionings at the size that is sampled, before anything loads."""
 
     def __call__(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
@@ -286,7 +286,7 @@ class _Placer(_Stays):
                     carrier.set_regions(None)
 
 
-class _Step(_Stays):
+class _Step(Stays):
     """Tells what may leave whole steps out which tasks run in this one."""
 
     def __call__(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:

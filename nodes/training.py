@@ -17,6 +17,7 @@ from ..diffscaler_core.training.denoiser import Condition, Denoiser, Encode
 from .conditions import arguments_of, encoded, prompts_of
 from .held_model import differentiably, held, load
 from .keymap import component_of, diffusers_model
+from .native_layout import native_layout
 from .noise import noise_of
 from .patching import is_compiled, tasks_on
 from .trainable import TrainableTasks
@@ -80,6 +81,7 @@ def denoiser_of(
         encoder_key=None if vae is None else encoder_key(vae.first_stage_model),
         text_key=None if clip is None else encoder_key(clip.cond_stage_model),
         runs_on=model.load_device,
+        lay_out=lambda size: native_layout(base, size),
         guided=not base.model_config.unet_config.get("guidance_embed", False),
     )
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.progress import Progress
 
+from ..blocks import block_named
 from ..errors import DiffScalerError
 from ..files import load_task
 from ..systems.features import data_features, untold
@@ -15,7 +16,6 @@ from ..systems.partition import CONFIG, by_cluster, by_folder, k_means, write_pa
 from ..systems.router import save_router
 from ..systems.router_training import RouterSettings
 from ..systems.router_training import train_router as train
-from ..systems.taps import block_named
 from ..training.bases.load import DTYPES, default_words, load_base
 from ..training.bases.pipelines import as_denoiser
 from ..training.data.sources import find_examples

@@ -15,12 +15,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..atomic import write_whole
+from ..blocks import block_named
 from ..errors import DiffScalerError
 from ..files import load_task
 from ..systems.features import TIMES, data_features, grid_of, labels_of, pixel_means, untold
 from ..systems.partition import by_folder
 from ..systems.probe import ProbeGrid, probe_grid
-from ..systems.taps import block_named
 from ..training.bases.load import default_words, load_base
 from ..training.bases.pipelines import as_denoiser
 from ..training.data.batches import TrainingData

@@ -17,14 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..blocks import block_named, blocks_of
 from ..errors import DiffScalerError
 from ..task import TaskAdapter
-from ..token_layout import TokenLayout, layout_of
 from ..training.conditioning import NULL, prompts_for
 from ..training.data.batches import TrainingData
 from ..training.denoiser import Condition, Denoiser
 from ..training.randomness import generator_for
-from .taps import block_named, blocks_of, tapped
+from .taps import tapped
 
 #: Times of a grid, 0 clean and 1 pure noise.
 TIMES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
@@ -111,7 +111,6 @@ def noisy_features(
     told: Untold,
     blocks: Sequence[str],
     pool: int = 1,
-    layout: TokenLayout | None = None,
 ) -> dict[str, Tensor]:
     """Returns features of noisy latents, block -> (B, D·pool·pool), float32, on the CPU.
 
@@ -122,10 +121,9 @@ def noisy_features(
         told: From `untold`.
         blocks: Names of blocks.
         pool: As in `block_features`.
-        layout: Where the picture lies in the model's tokens; None: as diffusers' models have it.
     """
     device = denoiser.device
-    layout = layout or layout_of(denoiser.model, x_t.shape[2:])
+    layout = denoiser.layout(x_t.shape[2:])
     condition = {name: tensor.to(device) for name, tensor in told(len(x_t)).items()}
 
     def call() -> object:

@@ -26,6 +26,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..atomic import write_whole
+from ..blocks import MIDDLE, blocks_of
 from ..errors import MismatchError, TaskFileError, UnknownNameError, first_names, shown
 from ..file_rules import check_finite
 from ..files import safetensors_path
@@ -33,7 +34,6 @@ from ..header import parse_json, read_any_header
 from ..targets import find_targets
 from ..task import base_facts
 from ..tensor_file import ChangedError, read_tensors
-from .taps import MIDDLE, blocks_of
 
 #: Key of the header's JSON, and its version.
 HEADER, FORMAT = "diffscaler.router", "1"

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..blocks import block_named
 from ..errors import DiffScalerError
 from ..training.data.batches import TrainingData
 from ..training.denoiser import Denoiser
@@ -24,7 +25,6 @@ from ..training.randomness import generator_for
 from ..version import __version__
 from .features import BATCH, Untold, noisy_features
 from .router import MAX_PARTS, NULL, Router, site_of
-from .taps import block_named
 
 #: Steps between looks at the validation pictures.
 _EVERY = 25

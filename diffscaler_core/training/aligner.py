@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..blocks import block_named, blocks_of, picture_of, read_outputs
 from ..errors import DiffScalerError
-from .alignment import Grid, Projector, cosines, grid_of, on_grid, weight_at
-from .block_tokens import block_number, blocks_of, outputs_of, patch_side, picture_tokens
+from .alignment import Projector, cosines, grid_of, on_grid, weight_at
 from .denoiser import Denoiser
 from .learner import Learner
 from .picture_encoders import PictureEncoder
@@ -24,12 +27,15 @@ from .randomness import generator_for
 
 logger = logging.getLogger(__name__)
 
+#: The paper's block 8 of SiT-XL/2's 28, as a share: where nobody says which.
+EARLY = 8 / 28
+
 
 class Aligner:
     """One task's part in REPA.
 
     Attributes:
-        block: The block that is looked into; the base's own.
+        block: The name of the block that is looked into.
         projector: Trained beside the task.
         cosine: Mean cosines since they were asked for last; on the device, not read back.
     """
@@ -45,19 +51,18 @@ class Aligner:
         self.device = denoiser.device
         if self.decode is None and denoiser.channels != 3:
             raise DiffScalerError("repa shows pictures to an encoder: this base cannot decode any")
-        self.block = blocks_of(denoiser.model)[block_number(denoiser.model, config.repa_block) - 1]
-        self.patch = patch_side(denoiser.model)
+        self.denoiser = denoiser
+        self.block = early_block(denoiser.model, config.repa_block)
         self.kept: dict[bytes, Tensor] = {}
         drawn = learner.draw(0)
         features = self.features(drawn.x0[:1])
         grid_of(features.shape[1], *drawn.x0.shape[-2:])
         own = drawn.rows(slice(0, 1), denoiser.device)
         timestep, x_t = denoiser.objective.noisy(own.x0, own.noise, own.t)
-        with torch.no_grad(), outputs_of(self.block) as found:
+        with torch.no_grad(), self.looking() as found:
             denoiser(x_t, timestep, learner.condition(own))
-        tokens, _ = picture_tokens(found[-1] if found else (), x_t, self.patch)
         self.projector = Projector(
-            tokens.shape[-1],
+            self.hidden(found, x_t).shape[1],
             config.repa_width,
             features.shape[-1],
             generator_for(learner.seed, "projector"),
@@ -102,18 +107,39 @@ class Aligner:
             raise DiffScalerError("the encoder of repa gave NaN or Inf")
         return tokens[0].to("cpu", torch.float16)
 
-    def loss(self, hidden: Tensor, grid: Grid, features: Tensor) -> Tensor:
+    @contextmanager
+    def looking(self) -> Iterator[list[Any]]:
+        """Gives a list that holds what the block gave, call by call, while the context lasts."""
+        found: list[Any] = []
+        with read_outputs(blocks_of(self.denoiser.model)[self.block], found.append):
+            yield found
+
+    def hidden(self, found: list[Any], latents: Tensor) -> Tensor:
+        """Returns the picture's tokens of what the block gave last, (B, D, rows, columns).
+
+        Args:
+            found: From `looking`.
+            latents: What the model was given, (B, C, h, w).
+
+        Raises:
+            DiffScalerError: They are a video's, or nothing of it is the picture.
+        """
+        if latents.ndim != 4:
+            raise DiffScalerError("repa looks at pictures; this base draws videos")
+        layout = self.denoiser.layout(latents.shape[2:])
+        return picture_of(self.block, found[-1] if found else (), layout)
+
+    def loss(self, hidden: Tensor, features: Tensor) -> Tensor:
         """Returns −cos, mean over rows and tokens; notes the cosine.
 
         Args:
-            hidden: The block's tokens, (B, N, D), on their grid.
-            grid: (h, w), N = h · w.
+            hidden: The block's tokens on their grid, (B, D, rows, columns).
             features: From `features`, (B, M, Z).
         """
+        grid = (hidden.shape[2], hidden.shape[3])
+        tokens = hidden.float().flatten(2).transpose(1, 2)
         have = grid_of(features.shape[1], *grid)
-        cosine = cosines(
-            self.projector(hidden.float()), on_grid(features.float(), have, grid)
-        ).mean()
+        cosine = cosines(self.projector(tokens), on_grid(features.float(), have, grid)).mean()
         self.cosine.append(cosine.detach())
         return -cosine
 
@@ -124,3 +150,15 @@ class Aligner:
         mean = float(torch.stack(self.cosine).mean())
         self.cosine.clear()
         return mean
+
+
+def early_block(model: nn.Module, said: int) -> str:
+    """Returns the name of the block that is meant, from 1; 0: the one as early as the paper's.
+
+    Raises:
+        DiffScalerError: The model has no such block.
+    """
+    names = list(blocks_of(model))
+    if said > len(names):
+        raise DiffScalerError(f"repa_block {said}: {type(model).__name__} has {len(names)} blocks")
+    return block_named(model, (said or max(1, round(EARLY * len(names)))) - 1)

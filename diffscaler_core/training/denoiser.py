@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..attach import attach
 from ..resolution import at_resolution
 from ..task import TaskAdapter
+from ..token_layout import TokenLayout, layout_of
 from .frozen import frozen
 from .objective import Objective
 
@@ -117,6 +118,8 @@ class Denoiser:
             are not cached.
         text_key: The same for the text encoders.
         runs_on: Where the model computes, if its parameters may lie elsewhere.
+        lay_out: (h, w) of latents -> where the picture lies in the model's tokens; None: as
+            diffusers' models have it.
         guided: False: guidance is distilled into the model, which is told its scale; samples are
             drawn without classifier-free guidance.
     """
@@ -141,6 +144,7 @@ class Denoiser:
     encoder_key: str | None = None
     text_key: str | None = None
     runs_on: torch.device | None = None
+    lay_out: Callable[[Sequence[int]], TokenLayout] | None = None
     guided: bool = True
     _worn: list[Trainable] = field(default_factory=list, init=False, repr=False)
 
@@ -169,6 +173,10 @@ class Denoiser:
     def device(self) -> torch.device:
         """Where the model computes."""
         return self.runs_on or next(self.model.parameters()).device
+
+    def layout(self, size: Sequence[int]) -> TokenLayout:
+        """Returns where the picture lies in the model's tokens, for latents of (h, w)."""
+        return layout_of(self.model, size) if self.lay_out is None else self.lay_out(size)
 
     def attach(self, tasks: Mapping[str, TaskAdapter]) -> Trainable:
         """Puts tasks on the model; several attachments at once act as one sum.

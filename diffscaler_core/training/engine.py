@@ -20,7 +20,6 @@ from ..errors import DiffScalerError
 from ..files import save_task
 from ..task import TaskAdapter
 from .advice import about_ranks, after_validation
-from .block_tokens import outputs_of, picture_tokens
 from .checkpoints import newest_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .denoiser import Denoiser, Trainable
@@ -219,7 +218,7 @@ class Engine:
         first, drawn, _ = group[0]
         looked: AbstractContextManager[list[Any]] = contextlib.nullcontext([])
         if first.aligner is not None and drawn.features is not None:
-            looked = outputs_of(first.aligner.block)
+            looked = first.aligner.looking()
         with self.denoiser.autocast(self.config.precision), looked as found:
             output = self.denoiser(x_t, timestep, condition)
         total = self._aligned(group, found, x_t) / self.config.accumulate
@@ -238,9 +237,8 @@ class Engine:
         for i, (learner, drawn, _) in enumerate(group):
             if learner.aligner is None or drawn.features is None:
                 continue
-            tokens, grid = picture_tokens(found[-1], x_t, learner.aligner.patch)
-            own = tokens.chunk(len(group))[i]
-            aligned = learner.aligner.loss(own, grid, drawn.features)
+            own = learner.aligner.hidden(found, x_t).chunk(len(group))[i]
+            aligned = learner.aligner.loss(own, drawn.features)
             total = total + learner.aligner.weight(self.step) * aligned
         return total
 

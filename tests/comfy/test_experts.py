@@ -29,8 +29,8 @@ class Experts:
             tiny.task(self.model, 1 + i, std=0.05, name=name) for i, name in enumerate(NAMES)
         ]
         core = pack.diffscaler_core.systems
-        taps, base = core.taps, self.model.model
-        name = taps.block_named(base)
+        blocks, base = pack.diffscaler_core.blocks, self.model.model
+        name = blocks.block_named(base)
         hollow = pack.nodes.keymap.diffusers_model(base)
         site = core.router.site_of(base, name, 1, hollow)
         null = tiny.prompt(9, width)[0]
@@ -168,20 +168,19 @@ def test_the_pocket_base_shows_both_hosts_the_same(
 ) -> None:
     """So that a router trained in diffusers is right in ComfyUI."""
     features = part("diffscaler_core.systems.features")
-    taps = part("diffscaler_core.systems.taps")
+    blocks = part("diffscaler_core.blocks")
     native, diffusers = both
     told = features.untold(diffusers, words)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 16, 8, 8, generator=generator)
     t = torch.tensor([0.3, 0.8])
-    layout = part("nodes.native_layout").native_layout(pocket.model, (8, 8))
     seen = []
-    for denoiser, scale, laid in ((native, 1.0, layout), (diffusers, 1000.0, None)):
-        assert len(taps.blocks_of(denoiser.model)) == 3
+    for denoiser, scale in ((native, 1.0), (diffusers, 1000.0)):
+        assert len(blocks.blocks_of(denoiser.model)) == 3
         for place in range(3):
-            name = taps.block_named(denoiser.model, place)
+            name = blocks.block_named(denoiser.model, place)
             with denoiser.held():
-                own = features.noisy_features(denoiser, x, t * scale, told, [name], layout=laid)
+                own = features.noisy_features(denoiser, x, t * scale, told, [name])
             seen.append(own[name])
     for place in range(3):
         assert torch.allclose(seen[place], seen[3 + place], atol=2e-4), place

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffscaler_core import DiffScalerError, UnknownNameError, load_task, new_task
+from diffscaler_core.blocks import block_named, blocks_of
 from diffscaler_core.systems.features import (
     block_features,
     data_features,
@@ -21,7 +22,7 @@ from diffscaler_core.systems.features import (
     untold,
 )
 from diffscaler_core.systems.probe import ProbeGrid, fit_probe, probe_grid, split
-from diffscaler_core.systems.taps import block_named, blocks_of, pooled, tapped
+from diffscaler_core.systems.taps import pooled, tapped
 from diffscaler_core.token_layout import TokenLayout
 from diffscaler_core.training import TrainingData, as_denoiser
 from diffscaler_core.training.denoiser import Denoiser

@@ -8,16 +8,12 @@ import torch
 from torch import nn
 
 from diffscaler_core import load_task, new_task, save_task
+from diffscaler_core.blocks import blocks_of, picture_of, read_outputs
 from diffscaler_core.errors import DiffScalerError
+from diffscaler_core.token_layout import TokenLayout
 from diffscaler_core.training import TaskRun, TrainingData, as_denoiser, train_task, train_tasks
+from diffscaler_core.training.aligner import early_block
 from diffscaler_core.training.alignment import Projector, cosines, grid_of, on_grid, weight_at
-from diffscaler_core.training.block_tokens import (
-    block_number,
-    blocks_of,
-    outputs_of,
-    patch_side,
-    picture_tokens,
-)
 from diffscaler_core.training.picture_encoders import Dinov2Tokens, load_encoder
 from diffscaler_core.training.randomness import generator_for
 from diffscaler_core.training.run_folder import read_log
@@ -86,28 +82,29 @@ def test_a_projector_follows_from_its_seed_and_draws_from_nothing_else():
 
 
 def test_blocks_are_found_in_every_architecture(denoiser):
-    blocks = blocks_of(denoiser.model)
-    assert len(blocks) >= 2
-    assert block_number(denoiser.model, 0) == 1
-    assert block_number(denoiser.model, 2) == 2
+    names = list(blocks_of(denoiser.model))
+    assert len(names) >= 2
+    assert early_block(denoiser.model, 0) == names[0]
+    assert early_block(denoiser.model, 2) == names[1]
     with pytest.raises(DiffScalerError, match="repa_block 99"):
-        block_number(denoiser.model, 99)
+        early_block(denoiser.model, 99)
 
 
 def test_an_early_block_is_that_of_the_paper():
     model = nn.Module()
-    model.transformer_blocks = nn.ModuleList(nn.Identity() for _ in range(28))
-    assert block_number(model, 0) == 8
+    blocks = [nn.Sequential(nn.Linear(2, 2)) for _ in range(28)]
+    model.transformer_blocks = nn.ModuleList(blocks)
+    assert early_block(model, 0) == "transformer_blocks.7"  # the eighth
 
 
 def test_what_is_no_single_picture_is_refused():
-    latents = torch.zeros(2, 4, 8, 8)
-    with pytest.raises(DiffScalerError, match="found no output of the picture's size"):
-        picture_tokens(torch.zeros(2, 15, 6), latents, 2)
-    with pytest.raises(DiffScalerError, match="no single output"):
-        picture_tokens((torch.zeros(2, 16, 6), torch.zeros(2, 16, 6)), latents, 2)
-    tokens, grid = picture_tokens((torch.zeros(2, 3, 6), torch.ones(2, 16, 6)), latents, 2)
-    assert (tokens.mean(), grid) == (1, (4, 4))
+    layout = TokenLayout(1, 8, 8, 2)
+    with pytest.raises(DiffScalerError, match="none is the picture, which has 16 tokens"):
+        picture_of("b", torch.zeros(2, 15, 6), layout)
+    with pytest.raises(DiffScalerError, match="as many text tokens as tokens of the picture"):
+        picture_of("b", (torch.zeros(2, 16, 6), torch.zeros(2, 16, 6)), layout)
+    own = picture_of("b", (torch.zeros(2, 3, 6), torch.ones(2, 16, 6)), layout)
+    assert (own.mean(), own.shape) == (1, (2, 6, 4, 4))
 
 
 def gradients(words, block, weight, own_loss):
@@ -120,13 +117,16 @@ def gradients(words, block, weight, own_loss):
         for name in ("context", "pooled")
     }
     blocks = blocks_of(denoiser.model)
+    names = list(blocks)
     with denoiser.held(), denoiser.attached({"t": task}) as trainable:
         trainable.requires_grad_(True)
         noise, t = torch.randn_like(x0), torch.full((4,), 0.5)
         timestep, x_t = denoiser.objective.noisy(x0, noise, t)
-        with outputs_of(blocks[block - 1]) as found:
+        found = []
+        with read_outputs(blocks[names[block - 1]], found.append):
             output = denoiser(x_t, timestep, told)
-        tokens, _ = picture_tokens(found[-1], x_t, patch_side(denoiser.model))
+        hidden = picture_of("b", found[-1], denoiser.layout((8, 8)))
+        tokens = hidden.flatten(2).transpose(1, 2)
         projector = Projector(tokens.shape[-1], 0, 12, generator_for(0, "p"))
         features = encoder(denoiser.decode(x0))
         total = -weight * cosines(projector(tokens), features).mean()
