@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import comfy.model_sampling
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
@@ -30,7 +29,7 @@ from .conditions import arguments_of
 from .control_conds import conds_of
 from .keymap import diffusers_model
 from .native_layout import native_layout
-from .noise import noise_of
+from .noise import unit_scale
 from .patching import Stays, is_compiled, route_tasks, tasks_on
 from .row_conds import ROUTE, Route, RowCond, RowsOfCall, added, together
 
@@ -169,7 +168,8 @@ class _Chooser(Stays):
             x, sigma = parts[0], sigmas[0]
         block = self._router.site.name_in(model)
         features = self._features(model, x, sigma, options, block)
-        found = self._router.posterior(features, *_levels(model.model_sampling, sigma))
+        noise = unit_scale(model.model_sampling, sigma)
+        found = self._router.posterior(features, noise.alpha, noise.sigma)
         return found.repeat(len(parts), 1) if once else found
 
     def _features(
@@ -207,13 +207,3 @@ class _ExpertRows(RowsOfCall):
         """Returns the strengths of a routed task per row, (B,)."""
         own = super().strengths(route)
         return own * self._runs[route] if route in self._runs else own
-
-
-def _levels(sampling: Any, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (α, σ), each (B,), up to a common factor, of ComfyUI's noise levels."""
-    noise = noise_of(sampling)
-    # Cosmos' own sigma is σ/α already, as a diffusion's is
-    cosmos = isinstance(sampling, getattr(comfy.model_sampling, "COSMOS_RFLOW", ()))
-    if noise.objective.is_flow and not cosmos:
-        return 1 - sigma, sigma
-    return torch.ones_like(sigma), sigma * noise.scale

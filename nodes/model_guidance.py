@@ -24,8 +24,10 @@ from ..diffscaler_core import DiffScalerError
 from ..diffscaler_core.evaluation.small_net import POCKET, load_small_net
 from ..diffscaler_core.systems.guidance import gradient_at, gradient_through, push
 from ..diffscaler_core.systems.guidance_losses import GuidanceLoss, make_loss, total
+from ..diffscaler_core.training.objective import spread
 from .held_model import differentiably, is_offloaded, normal_tensor
-from .pictures import check_image
+from .noise import unit_scale
+from .pictures import check_image, preview_colours
 
 KEY = "diffscaler_guidance"
 _HOOKS = "sampler_post_cfg_function"
@@ -126,7 +128,7 @@ class Led:
         decode = decoder(model, self.vae)
 
         def criterion(latents: Tensor) -> Tensor:
-            return total(list(self.losses), latents, decode)
+            return total(self.losses, latents, decode)
 
         with _differentiable():
             if self.exact:
@@ -161,26 +163,15 @@ def led(
     sampling: Any, x0: Tensor, x: Tensor, sigma: Tensor, gradient: Tensor, rho: float
 ) -> Tensor:
     """Returns x0 moved by `guidance.push`, on the scale of ComfyUI's samplers."""
-    if isinstance(sampling, host.CONST):
-        kind, alpha, noise, grown, unit = "flow", 1 - sigma, sigma, torch.ones_like(sigma), 1.0
-    elif isinstance(sampling, getattr(host, "COSMOS_RFLOW", ())):
-        noise = sigma / (1 + sigma)
-        kind, alpha, grown, unit = "flow", 1 - noise, 1 - noise, 1.0
-    else:  # x0 + σ·ε, where x0 has spread `unit`
-        unit = float(getattr(sampling, "sigma_data", 1.0))
-        alpha = 1 / (1 + (sigma / unit) ** 2).sqrt()
-        kind, noise, grown = "v", sigma / unit * alpha, alpha / unit
-    shape = (-1, *(1,) * (x.ndim - 1))
-    clean = x0.float() / unit
-    scaled = x.float() * grown.view(shape)
-    eps = (scaled - alpha.view(shape) * clean) / noise.view(shape)
-    moved, _ = push(clean, eps, alpha, noise, gradient, rho, kind)
-    return (moved * unit).to(x0)
+    unit = unit_scale(sampling, sigma)
+    clean, scaled = x0.float() / unit.data, x.float() * spread(unit.grown, x)
+    eps = (scaled - spread(unit.alpha, x) * clean) / spread(unit.sigma, x)
+    moved, _ = push(clean, eps, unit.alpha, unit.sigma, gradient, rho, unit.kind)
+    return (moved * unit.data).to(x0)
 
 
 def decoder(model: Any, vae: Any) -> Callable[[Tensor], Tensor]:
     """Returns what turns a model's latents into pictures (B, 3, H, W) in −1..1, differentiably."""
-    form = model.latent_format
 
     def by_vae(latents: Tensor) -> Tensor:
         raw = model.process_latent_out(latents).to(vae.device, vae.vae_dtype)
@@ -188,17 +179,12 @@ def decoder(model: Any, vae: Any) -> Callable[[Tensor], Tensor]:
         image = vae.process_output(vae.first_stage_model.decode(raw).float().clone())
         return image[:, :3].to(latents) * 2 - 1  # type: ignore[no-any-return]
 
-    def by_preview(latents: Tensor) -> Tensor:
-        factors = torch.tensor(form.latent_rgb_factors).to(latents)
-        bias = torch.tensor(form.latent_rgb_factors_bias or [0.0] * 3).to(latents)
-        # not cut off at the brightest and darkest: there a gradient would end
-        return (latents.movedim(1, -1) @ factors + bias).movedim(-1, 1)
-
     if vae is not None:
         return by_vae
-    if form.latent_rgb_factors is None or form.latent_dimensions != 2:
+    colours = preview_colours(model.latent_format)
+    if colours is None:
         raise DiffScalerError("ComfyUI knows no colours of this model's latents: connect 'vae'")
-    return by_preview
+    return colours
 
 
 class _NormalTensors(TorchFunctionMode):

@@ -67,6 +67,45 @@ def noise_of(sampling: Any) -> Noise:
     return _diffusion(sampling, kind)
 
 
+def is_mix(sampling: Any) -> bool:
+    """Says how samplers hold samples: True (1 − σ)·x0 + σ·ε, False x0 + σ·ε.
+
+    Cosmos is a flow whose samplers hold the latter.
+    """
+    return isinstance(sampling, host.CONST)
+
+
+@dataclass(frozen=True, eq=False)
+class UnitScale:
+    """What takes samples of ComfyUI's samplers to the trainer's scale, where x = α·x0 + σ·ε.
+
+    Attributes:
+        kind: What of `objective.KINDS` keeps its scale there: "flow", or "v" of a diffusion.
+        alpha: α, (B,).
+        sigma: σ, (B,).
+        grown: A sampler's x times this is the trainer's, (B,).
+        data: The spread of the sampler's x0, where the trainer's is 1.
+    """
+
+    kind: str
+    alpha: Tensor
+    sigma: Tensor
+    grown: Tensor
+    data: float = 1.0
+
+
+def unit_scale(sampling: Any, sigma: Tensor) -> UnitScale:
+    """Returns the trainer's scale at noise levels (B,) as ComfyUI's samplers give them."""
+    if is_mix(sampling):
+        return UnitScale("flow", 1 - sigma, sigma, torch.ones_like(sigma))
+    if isinstance(sampling, _class("COSMOS_RFLOW")):
+        mixed = sigma / (1 + sigma)
+        return UnitScale("flow", 1 - mixed, mixed, 1 - mixed)
+    data = float(getattr(sampling, "sigma_data", 1.0))
+    alpha = 1 / (1 + (sigma / data) ** 2).sqrt()
+    return UnitScale("v", alpha, sigma / data * alpha, alpha / data, data)
+
+
 def log_snr_of(sampling: Any, sigma: Tensor) -> Tensor:
     """Returns the log-SNR λ = 2 ln(α/σ) at noise levels as ComfyUI's samplers give them.
 
@@ -80,11 +119,8 @@ def log_snr_of(sampling: Any, sigma: Tensor) -> Tensor:
             f"({', '.join(c.__name__ for c in type(sampling).__bases__)}), and a task here acts by "
             f"noise level"
         )
-    sigma = sigma.float()
-    if kind == "flow" and not isinstance(sampling, _class("COSMOS_RFLOW")):
-        return log_snr((1 - sigma).clamp(min=0), sigma)
-    data = float(getattr(sampling, "sigma_data", 1.0))
-    return log_snr(torch.full_like(sigma, data), sigma)
+    unit = unit_scale(sampling, sigma.float())
+    return log_snr(unit.alpha.clamp(min=0), unit.sigma)
 
 
 def _enter_flow(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

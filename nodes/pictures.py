@@ -1,4 +1,7 @@
-"""ComfyUI's IMAGE, (B, H, W, 3) from 0 to 1, to and from a task file's thumbnail."""
+"""ComfyUI's IMAGE, (B, H, W, 3) from 0 to 1, a task file's thumbnail, and colours of latents."""
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,3 +42,22 @@ def as_thumbnail(image: Tensor) -> str:
     colours = image[0, ..., :3].float().nan_to_num().expand(*image.shape[1:3], 3)
     pixels = (colours.clamp(0, 1) * 255).round().to("cpu", torch.uint8)
     return encode_thumbnail(Image.fromarray(pixels.numpy()))
+
+
+def preview_colours(form: Any) -> Callable[[Tensor], Tensor] | None:
+    """Returns what turns latents (B, C, h, w) into ComfyUI's preview colours, (B, 3, h, w).
+
+    They are about −1..1 and not cut off there, where a gradient would end.
+
+    Args:
+        form: A model's `latent_format`; None is returned if it has no colours of pictures.
+    """
+    if form.latent_rgb_factors is None or form.latent_dimensions != 2:
+        return None
+
+    def colours(latents: Tensor) -> Tensor:
+        factors = torch.tensor(form.latent_rgb_factors).to(latents)
+        bias = torch.tensor(form.latent_rgb_factors_bias or [0.0] * 3).to(latents)
+        return (latents.movedim(1, -1) @ factors + bias).movedim(-1, 1)
+
+    return colours

@@ -20,6 +20,7 @@ from .keymap import component_of, diffusers_model
 from .native_layout import native_layout
 from .noise import noise_of
 from .patching import is_compiled, tasks_on
+from .pictures import preview_colours
 from .trainable import TrainableTasks
 
 
@@ -145,16 +146,14 @@ def _decode(base: Any, vae: Any, scale: float, reload: Callable[[], None]) -> En
 
 def _rough(base: Any, scale: float) -> Encode:
     """Returns a decoder without a VAE: the colours that ComfyUI's own previews show."""
-    form = base.latent_format
+    colours = preview_colours(base.latent_format)
 
     def decode(latents: Tensor) -> Tensor:
         latents = latents / scale
-        if form.latent_rgb_factors is None or latents.ndim != 4:
+        if colours is None:
             flat = latents.reshape(len(latents), latents.shape[1], latents.shape[-2], -1)
             return flat[:, :1].expand(-1, 3, -1, -1).clamp(-1, 1)
-        factors = torch.tensor(form.latent_rgb_factors, device=latents.device)
-        bias = torch.tensor(form.latent_rgb_factors_bias or [0.0] * 3, device=latents.device)
-        return (latents.movedim(1, -1) @ factors + bias).movedim(-1, 1).clamp(-1, 1)
+        return colours(latents).clamp(-1, 1)
 
     return decode
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..diffscaler_core import DiffScalerError
 from ..diffscaler_core.systems.translate import CLEAN, Code, Level, Predict, check, decode, encode
 from ..diffscaler_core.training.randomness import generator_for
+from .noise import is_mix
 
 #: Noise there and back, as the two samplers share it.
 Held = list[Code]
@@ -87,8 +88,8 @@ def translated(
 
 def levels_of(sampling: Any, sigmas: Tensor) -> list[Level]:
     """Returns (α, σ) of samples as ComfyUI's samplers hold them; the last is `CLEAN`."""
-    mixed = isinstance(sampling, host.CONST)  # otherwise x0 + σ·ε
-    return [(1 - s if mixed else 1.0, s) for s in sigmas[:-1].tolist()] + [CLEAN]
+    mix = is_mix(sampling)
+    return [(1 - s if mix else 1.0, s) for s in sigmas[:-1].tolist()] + [CLEAN]
 
 
 def _encoder(held: Held, levels: list[Level], eta: float) -> Callable[..., Tensor]:
@@ -170,7 +171,7 @@ def _check_pair(source: ModelPatcher, target: ModelPatcher) -> None:
     samplings = [model.get_model_object("model_sampling") for model in (source, target)]
     if any(isinstance(one, (host.IMG_TO_IMG, host.IMG_TO_IMG_FLOW)) for one in samplings):
         raise DiffScalerError("a model that makes no pictures from noise cannot translate")
-    alike = len({isinstance(one, host.CONST) for one in samplings}) == 1
+    alike = len({is_mix(one) for one in samplings}) == 1
     formats = {type(model.get_model_object("latent_format")) for model in (source, target)}
     if not alike or len(formats) > 1:
         raise DiffScalerError(

@@ -15,7 +15,8 @@ from ..evaluation import EvaluationReport, EvaluationSettings, evaluation, load_
 from ..evaluation.report import COLUMNS
 from ..files import load_task
 from ..task import TaskAdapter
-from ..training.bases.load import default_words, load_base
+from ..training.bases.load import load_base
+from .base_options import Base, Device, Dtype, Size, words_for
 from .console import AsJson, check_device, check_folder, err, out, say, say_json
 
 _DEFAULTS = EvaluationSettings()
@@ -32,7 +33,7 @@ EXAMPLES = {
 
 
 def evaluate(
-    base: Annotated[str, typer.Option(help="A diffusers folder, or owner/name on the Hub.")],
+    base: Base,
     task: Annotated[list[str], typer.Option(help="A task file, or name=file; may be repeated.")],
     reference: Annotated[
         list[str],
@@ -59,7 +60,7 @@ def evaluate(
     steps: Annotated[int, typer.Option(help="Of the sampler.")] = _DEFAULTS.steps,
     guidance: Annotated[float, typer.Option(help="1: none.")] = _DEFAULTS.guidance,
     batch: Annotated[int, typer.Option(help="Pictures at a time.")] = _DEFAULTS.batch,
-    size: Annotated[int | None, typer.Option(help="Side in pixels; default: the base's.")] = None,
+    size: Size = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = _DEFAULTS.seed,
     neighbours: Annotated[int, typer.Option(help="k of precision and so on.")] = (
         _DEFAULTS.neighbours
@@ -71,8 +72,8 @@ def evaluate(
         _DEFAULTS.drift
     ),
     columns: Annotated[int, typer.Option(help="Of the grid.")] = _DEFAULTS.columns,
-    dtype: Annotated[str, typer.Option(help="Of the base.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "auto",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Measure tasks against real pictures of what they are to draw."""
@@ -87,8 +88,7 @@ def evaluate(
     check_folder(folder)
     where = "cpu" if device == "auto" else device
     named = None if features is None else load_features(features, where)
-    own = words or default_words(base)
-    table = None if own is None else load_task(own)
+    table = words_for(base, words)
     pipe = load_base(base, dtype, device)
     net = named or load_features(_own_features(base), where)
     report: EvaluationReport | None = None

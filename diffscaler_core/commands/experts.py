@@ -10,15 +10,15 @@ from rich.progress import Progress
 
 from ..blocks import block_named
 from ..errors import DiffScalerError
-from ..files import load_task
+from ..systems.clusters import k_means
 from ..systems.features import data_features, untold
-from ..systems.partition import CONFIG, by_cluster, by_folder, k_means, write_parts
+from ..systems.partition import CONFIG, by_cluster, by_folder, write_parts
 from ..systems.router import save_router
 from ..systems.router_training import RouterSettings
 from ..systems.router_training import train_router as train
-from ..training.bases.load import DTYPES, default_words, load_base
-from ..training.bases.pipelines import as_denoiser
+from ..training.bases.load import DTYPES
 from ..training.data.sources import find_examples
+from .base_options import Base, Device, Dtype, Size, opened
 from .console import AsJson, check_device, check_folder, check_out, err, say, say_json
 from .features import encoded_pictures
 
@@ -39,7 +39,7 @@ EXAMPLES = {
 
 
 def partition(
-    base: Annotated[str, typer.Option(help="A diffusers folder, or owner/name on the Hub.")],
+    base: Base,
     data: Annotated[str, typer.Option(help="Pictures, as --data of train.")],
     folder: Annotated[Path, typer.Option("--out", "-o", help="Folder of the parts' lists.")],
     parts: Annotated[int | None, typer.Option(help="How many parts, by likeness.")] = None,
@@ -51,10 +51,10 @@ def partition(
     ] = None,
     time: Annotated[float, typer.Option(help="How noisy, 0 to 1.")] = 0.1,
     words: Annotated[Path | None, typer.Option(help="File of the base's null prompt.")] = None,
-    size: Annotated[int | None, typer.Option(help="Side in pixels; default: the base's.")] = None,
+    size: Size = None,
     seed: Annotated[int, typer.Option(help="Of k-means and the noise.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Of the base.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "auto",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Cut a data set into parts, one for each expert; pictures stay where they are."""
@@ -67,9 +67,7 @@ def partition(
     if folders:
         found = by_folder(examples)
     else:
-        own = words or default_words(base)
-        table = None if own is None else load_task(own)
-        denoiser = as_denoiser(load_base(base, dtype, device))
+        denoiser, table = opened(base, words, dtype, device)
         told = untold(denoiser, table)
         name = block_named(denoiser.model, block)
         encoded = encoded_pictures(denoiser, examples, size)
@@ -93,7 +91,7 @@ def partition(
 
 
 def train_router(
-    base: Annotated[str, typer.Option(help="A diffusers folder, or owner/name on the Hub.")],
+    base: Base,
     part: Annotated[
         list[str],
         typer.Option(help="name=pictures, as --data of train; named as the expert; repeated."),
@@ -115,11 +113,11 @@ def train_router(
         float, typer.Option(help="Share of the pictures that it is judged by.")
     ] = _DEFAULTS.kept_back,
     words: Annotated[Path | None, typer.Option(help="File of the base's null prompt.")] = None,
-    size: Annotated[int | None, typer.Option(help="Side in pixels; default: the base's.")] = None,
+    size: Size = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = _DEFAULTS.seed,
     save_dtype: Annotated[str, typer.Option(help=f"Of the file: {', '.join(DTYPES)}.")] = "float32",
-    dtype: Annotated[str, typer.Option(help="Of the base.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "auto",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Train a router, which says which expert a noisy picture is for."""
@@ -132,9 +130,7 @@ def train_router(
         kept_back=kept_back, seed=seed,
     )  # fmt: skip
     places = _named(part)
-    own = words or default_words(base)
-    table = None if own is None else load_task(own)
-    denoiser = as_denoiser(load_base(base, dtype, device))
+    denoiser, table = opened(base, words, dtype, device)
     told = untold(denoiser, table)
     encoded = {name: encoded_pictures(denoiser, place, size) for name, place in places.items()}
     with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:

@@ -21,12 +21,11 @@ from ..files import load_task
 from ..systems.features import TIMES, data_features, grid_of, labels_of, pixel_means, untold
 from ..systems.partition import by_folder
 from ..systems.probe import ProbeGrid, probe_grid
-from ..training.bases.load import default_words, load_base
-from ..training.bases.pipelines import as_denoiser
 from ..training.data.batches import TrainingData
 from ..training.data.prepare import encode_folder
 from ..training.data.sources import Example, find_examples
 from ..training.denoiser import Denoiser
+from .base_options import Base, Device, Dtype, Size, opened
 from .console import AsJson, check_device, check_out, err, numbers, out, say, say_json
 
 #: Key of the header's JSON, and its version.
@@ -44,7 +43,7 @@ EXAMPLES = {
 
 
 def features(
-    base: Annotated[str, typer.Option(help="A diffusers folder, or owner/name on the Hub.")],
+    base: Base,
     data: Annotated[str, typer.Option(help="Pictures, as --data of train.")],
     to: Annotated[Path, typer.Option("--out", "-o", help="The features' file.")],
     block: Annotated[
@@ -63,11 +62,11 @@ def features(
     pool: Annotated[int, typer.Option(help="Means over pool x pool parts of a picture.")] = 1,
     noises: Annotated[int, typer.Option(help="Draws of noise that are averaged.")] = 1,
     words: Annotated[Path | None, typer.Option(help="File of the base's null prompt.")] = None,
-    size: Annotated[int | None, typer.Option(help="Side in pixels; default: the base's.")] = None,
+    size: Size = None,
     batch: Annotated[int, typer.Option(help="Pictures at a time.")] = 32,
     seed: Annotated[int, typer.Option(help="Of the noise and of the split.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Of the base.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "auto",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Read pictures' features off a frozen base, and probe what they tell."""
@@ -112,9 +111,7 @@ def _loaded(
     base: str, data: str, words: Path | None, size: int | None, batch: int, dtype: str, device: str
 ) -> tuple[Denoiser, list[Example], TrainingData, Any]:
     examples = find_examples(data)
-    own = words or default_words(base)
-    table = None if own is None else load_task(own)
-    denoiser = as_denoiser(load_base(base, dtype, device))
+    denoiser, table = opened(base, words, dtype, device)
     told = untold(denoiser, table)
     return denoiser, examples, encoded_pictures(denoiser, examples, size, batch), told
 

@@ -11,6 +11,7 @@ import typer
 from ..atomic import write_whole
 from ..errors import DiffScalerError, reason_of
 from ..files import load_task
+from .base_options import Base, Device, Dtype, Size, words_for
 from .console import AsJson, check_device, check_folder, say, say_json
 
 EXAMPLES = {
@@ -27,7 +28,7 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 def translate(
     picture: Annotated[Path, typer.Argument(help="The picture.")],
     target: Annotated[Path, typer.Argument(help="The picture to write (.png, .jpg, .webp).")],
-    base: Annotated[str, typer.Option(help="A diffusers folder, or owner/name on the Hub.")],
+    base: Base,
     source: Annotated[
         Path | None, typer.Option("--from", help="The task that the picture is of.")
     ] = None,
@@ -43,9 +44,9 @@ def translate(
     eta: Annotated[float, typer.Option(help="Share of noise in a step, 0 to 1.")] = 1.0,
     guidance: Annotated[float, typer.Option(help="Of the target; 1: none.")] = 3.0,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
-    size: Annotated[int | None, typer.Option(help="Side in pixels; default: the base's.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the base.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "auto",
+    size: Size = None,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Draw a picture anew under another task, from its own noise."""
@@ -61,13 +62,12 @@ def translate(
     old, new = (None if file is None else load_task(file) for file in (source, to))
 
     from ..systems.pictures import translate_picture
-    from ..training.bases.load import default_words, load_base
+    from ..training.bases.load import load_base
 
-    table = words or default_words(base)
     image = translate_picture(
         load_base(base, dtype, device), found, old, new,
         prompt=prompt, target_prompt=target_prompt,
-        words=None if table is None else load_task(table), mask=where, size=size,
+        words=words_for(base, words), mask=where, size=size,
         strength=strength, steps=steps, eta=eta, guidance=guidance, seed=seed,
     )  # fmt: skip
     buffer = io.BytesIO()

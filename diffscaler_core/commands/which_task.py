@@ -14,11 +14,10 @@ from ..files import load_task
 from ..systems.ranking import NONE, Ranking
 from ..systems.which_task import ProbeSettings, Stage, which_tasks
 from ..task import TaskAdapter
-from ..training.bases.load import default_words, load_base
-from ..training.bases.pipelines import as_denoiser
 from ..training.data.pixels import load_picture
 from ..training.data.sources import SUFFIXES
 from ..training.denoiser import Denoiser
+from .base_options import Base, Device, Dtype, Size, opened
 from .console import AsJson, check_device, say, say_json
 
 _DEFAULTS = ProbeSettings()
@@ -37,7 +36,7 @@ EXAMPLES = {
 
 def which_task(
     pictures: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.")],
-    base: Annotated[str, typer.Option(help="A diffusers folder, or owner/name on the Hub.")],
+    base: Base,
     task: Annotated[
         list[str] | None, typer.Option(help="A task file, or name=file; may be repeated.")
     ] = None,
@@ -64,11 +63,11 @@ def which_task(
         str, typer.Option(help="own: of what the base predicts; noise: of the noise.")
     ] = _DEFAULTS.error,
     batch: Annotated[int, typer.Option(help="Rows of one forward pass.")] = _DEFAULTS.batch,
-    size: Annotated[int | None, typer.Option(help="Side in pixels; default: the base's.")] = None,
+    size: Size = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = _DEFAULTS.seed,
     chart: Annotated[Path | None, typer.Option(help="PNG of one picture's ranking.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the base.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "auto",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Say which of several tasks made a picture, or that none did."""
@@ -82,9 +81,7 @@ def which_task(
     tasks = _tasks(task or ())
     asked = _prompts(prompts or ())
     check_device(device)
-    own = words or default_words(base)
-    table = None if own is None else load_task(own)
-    denoiser = as_denoiser(load_base(base, dtype, device))
+    denoiser, table = opened(base, words, dtype, device)
     side = _side(denoiser, size)
     read: list[Tensor] = []
     shown: list[dict[str, Any]] = []

@@ -24,7 +24,7 @@ from ..attach import Attachment, attach
 from ..errors import DiffScalerError, unknown
 from ..task import TaskAdapter
 from ..training.denoiser import Condition, Denoiser
-from ..training.objective import Objective, spread
+from ..training.objective import spread
 from .features import Untold, noisy_features
 from .posterior import MODES, weights_of
 from .router import Router
@@ -71,7 +71,7 @@ class Experts:
         self._attachment.set_weights(0.0)
         pool, router = self._router.site.pool, self._router
         seen = noisy_features(self._base, x_t, timestep, self._told, [self._block], pool)
-        alpha, sigma = levels(self._base.objective, timestep)
+        alpha, sigma = self._base.objective.levels_of(timestep)
         return router.posterior(seen[self._block], alpha, sigma)
 
     def predict(self, x_t: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
@@ -149,14 +149,3 @@ def experts(
         attach(denoiser.model, chosen, component=denoiser.component) as attachment,
     ):
         yield Experts(denoiser, attachment, router, told, mode, most_rows)
-
-
-def levels(objective: Objective, timestep: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (α, σ), each (B,), of the model's own timesteps: `Objective.at`, backwards."""
-    if objective.alphas_cumprod is None:
-        t = timestep.float() / objective.timestep_scale
-        t = 1 - t if objective.kind == "flow_reversed" else t
-        return 1 - t, t
-    table = objective.alphas_cumprod.to(timestep.device, torch.float32)
-    own = table[timestep.long()]
-    return own.sqrt(), (1 - own).sqrt()

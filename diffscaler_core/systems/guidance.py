@@ -157,7 +157,7 @@ def sample_guided(
     kind = "flow" if objective.is_flow else "v"
 
     def criterion(x0: Tensor) -> Tensor:
-        return total(list(guide.losses), x0, denoiser.decode or (lambda latents: latents))
+        return total(guide.losses, x0, denoiser.decode or (lambda latents: latents))
 
     times = sampling_times(objective, steps, shift, noise.device, strength)
     _, alpha, sigma = objective.at(times[0].expand(len(noise)))

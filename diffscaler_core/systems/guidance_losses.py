@@ -9,7 +9,7 @@ What is not here, and is not meant to be: a loss that recognises persons. See do
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,7 +134,7 @@ LOSSES: dict[str, Callable[..., Function]] = {
 }
 
 
-def total(losses: list[GuidanceLoss], x0: Tensor, decode: Callable[[Tensor], Tensor]) -> Tensor:
+def total(losses: Sequence[GuidanceLoss], x0: Tensor, decode: Callable[[Tensor], Tensor]) -> Tensor:
     """Returns the weighted sum of some losses, (B,).
 
     Args:

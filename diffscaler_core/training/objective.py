@@ -130,14 +130,19 @@ class Objective:
         step = (t * len(table)).long().clamp(max=len(table) - 1)
         return step, table[step].sqrt(), (1 - table[step]).sqrt()
 
-    def log_snr_of(self, timestep: Tensor) -> Tensor:
-        """Returns λ (B,) at the model's timesteps (B,), as `at` gives them."""
+    def levels_of(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (α, σ), each (B,), at the model's timesteps (B,), as `at` gives them."""
         if self.alphas_cumprod is None:
             clock = timestep.float() / self.timestep_scale
             t = 1 - clock if self.kind == "flow_reversed" else clock
-            return log_snr((1 - t).clamp(min=0), t.clamp(min=0))
+            return 1 - t, t
         table = self.alphas_cumprod.to(timestep.device, torch.float32)[timestep.long()]
-        return table.log() - (1 - table).log()
+        return table.sqrt(), (1 - table).sqrt()
+
+    def log_snr_of(self, timestep: Tensor) -> Tensor:
+        """Returns λ (B,) at the model's timesteps (B,), as `at` gives them."""
+        alpha, sigma = self.levels_of(timestep)
+        return log_snr(alpha.clamp(min=0), sigma.clamp(min=0))
 
     def range_edges(self, count: int) -> tuple[float, ...]:
         """Returns the edges, in λ, of N ranges of noise that are equally long in t; falling.

@@ -59,6 +59,19 @@ class Case:
         task = new_task(model, method, 4, self.targets, name, component=self.component)
         return noisy(task, seed)
 
+    def compiled(self, pipe: Any, **kwargs: Any) -> Tensor:
+        """A run of the compiled model; fails if it compiles anything anew after two steps."""
+        torch._dynamo.reset()
+        self.model(pipe).compile(backend="eager")
+        self.run(pipe, num_inference_steps=2)
+        counted = torch._dynamo.utils.counters
+        counted.clear()
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            pictures = self.run(pipe, **kwargs)
+        assert not counted["stats"]
+        torch._dynamo.reset()
+        return pictures
+
 
 def _repeat_prompts(pipe: Any, prompts: int, images: int) -> None:
     """Some stock pipelines leave this undone for prompts that come ready-made, as here."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffscaler_core import DiffScalerError, UnknownNameError, attach
-from diffscaler_core.systems.experts import experts, levels
+from diffscaler_core.systems.experts import experts
 from diffscaler_core.systems.posterior import MODES, exact_posterior, mixed, weights_of
 from diffscaler_core.systems.router import Router
 from diffscaler_core.systems.router_training import accuracy_over
@@ -88,7 +88,7 @@ def test_noise_levels_are_read_off_the_models_own_clock(kind: str) -> None:
     table = None if kind.startswith("flow") else torch.linspace(0.999, 0.001, 50)
     objective = Objective(kind, 1000.0, table)
     timestep, alpha, sigma = objective.at(torch.tensor([0.1, 0.5, 0.9]))
-    for found, expected in zip(levels(objective, timestep), (alpha, sigma), strict=True):
+    for found, expected in zip(objective.levels_of(timestep), (alpha, sigma), strict=True):
         assert torch.allclose(found, expected, atol=1e-6)
 
 

@@ -13,13 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from diffscaler_core import DiffScalerError
 from diffscaler_core.errors import TaskFileError
-from diffscaler_core.systems.partition import (
-    CONFIG,
-    by_cluster,
-    by_folder,
-    k_means,
-    write_parts,
-)
+from diffscaler_core.systems.clusters import k_means
+from diffscaler_core.systems.partition import CONFIG, by_cluster, by_folder, write_parts
 from diffscaler_core.systems.router import HEADER, Router, Site, load_router, save_router
 from diffscaler_core.training.config_file import read_config
 from diffscaler_core.training.data.sources import find_examples
