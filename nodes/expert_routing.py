@@ -32,10 +32,9 @@ from .native_layout import native_layout
 from .noise import unit_scale
 from .patching import Stays, is_compiled, route_tasks, tasks_on
 from .row_conds import ROUTE, Route, RowCond, RowsOfCall, added, together
+from .step_caches import follow_step, has_cache, leaves_calls_out
 
 KEY = "diffscaler_experts"
-#: Where EasyCache and LazyCache keep what they have.
-_CACHE = "easycache"
 
 
 def route_experts(
@@ -90,8 +89,10 @@ def route_experts(
             "one of the experts is routed by DiffScaler Route Tasks too: route it in one of the two"
         )
     clone = clone.clone() if clone is model else clone
+    chooser = _Chooser(router, routes, mode)
     for kind, wrapper in (
-        (WrappersMP.APPLY_MODEL, _Chooser(router, routes, mode)),
+        (WrappersMP.APPLY_MODEL, chooser),
+        (WrappersMP.PREDICT_NOISE, _Watcher(chooser)),
         (WrappersMP.OUTER_SAMPLE, _Everywhere(routes, strength)),
     ):
         others = clone.wrappers.get(kind, {})
@@ -132,10 +133,10 @@ class _Chooser(Stays):
         options = args[5] if len(args) > 5 else kwargs.get("transformer_options", {})
         if is_compiled(model, options):
             raise DiffScalerError("a router cannot read a compiled model: compile none")
-        weights = weights_of(self._posterior(model, args[0], args[1], options, rows), self._mode)
+        weights = self._weights(model, args[0], args[1], options, rows)
         if bool(((weights > 0).sum(1) == 1).all()):
             return executor(*args, **{**kwargs, ROUTE: self._told(rows, (weights > 0).float())})
-        if _CACHE in options:
+        if has_cache(options):
             raise DiffScalerError(
                 f"a cache of earlier steps cannot follow the mode {self._mode!r}, in which a step "
                 f"is several calls: choose 'top1', or take the cache away"
@@ -152,29 +153,34 @@ class _Chooser(Stays):
             total = weighted if total is None else total + weighted
         return total
 
+    def chosen(self, model: Any, x: Tensor, sigma: Tensor, options: Mapping[str, Any]) -> object:
+        """Returns something that differs where other experts are chosen for these rows."""
+        found = self._router.posterior(*self._looked(model, x, sigma, options))
+        return (weights_of(found, self._mode) > 0).tolist()
+
     def _told(self, rows: RowsOfCall, runs: Tensor) -> _ExpertRows:
         return _ExpertRows(rows, dict(zip(self._routes, runs.unbind(1), strict=True)))
 
-    @torch.no_grad()
-    def _posterior(
+    def _weights(
         self, model: Any, x: Tensor, sigma: Tensor, options: Mapping[str, Any], rows: RowsOfCall
     ) -> Tensor:
-        """Returns p(k | row, noise), (B, K), on the CPU."""
+        """Returns each expert's share in each row, (B, K), on the CPU."""
         parts, sigmas = (own.split([part.rows for part in rows.parts]) for own in (x, sigma))
         once = all(
             part.shape == parts[0].shape and torch.equal(part, parts[0]) for part in parts[1:]
         ) and all(torch.equal(own, sigmas[0]) for own in sigmas[1:])
         if once:
             x, sigma = parts[0], sigmas[0]
-        block = self._router.site.name_in(model)
-        features = self._features(model, x, sigma, options, block)
-        noise = unit_scale(model.model_sampling, sigma)
-        found = self._router.posterior(features, noise.alpha, noise.sigma)
-        return found.repeat(len(parts), 1) if once else found
+        found = self._router.posterior(*self._looked(model, x, sigma, options))
+        weights = weights_of(found, self._mode)
+        return weights.repeat(len(parts), 1) if once else weights
 
-    def _features(
-        self, model: Any, x: Tensor, sigma: Tensor, options: Mapping[str, Any], block: str
-    ) -> Tensor:
+    @torch.no_grad()
+    def _looked(
+        self, model: Any, x: Tensor, sigma: Tensor, options: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns what the router is told of rows: features (B, F), α and σ (B,)."""
+        block = self._router.site.name_in(model)
         null = {
             name: own.to(x.device).expand(len(x), *own.shape[1:])
             for name, own in self._router.null.items()
@@ -188,7 +194,25 @@ class _Chooser(Stays):
             return model._apply_model(x, sigma, transformer_options=plain, **told)
 
         layout = native_layout(model, x.shape[2:])
-        return tapped(model, [block], call, layout, self._router.site.pool)[block]
+        seen = tapped(model, [block], call, layout, self._router.site.pool)[block]
+        noise = unit_scale(model.model_sampling, sigma)
+        return seen, noise.alpha, noise.sigma
+
+
+class _Watcher(Stays):
+    """Has the router look at each step, where a cache would leave out the call that it looks in."""
+
+    def __init__(self, chooser: _Chooser) -> None:
+        self._chooser = chooser
+
+    def __call__(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
+        """Called by ComfyUI in place of `predict_noise(x, sigma, model_options, …)` of a guider."""
+        model, options = executor.class_obj.inner_model, args[2]["transformer_options"]
+        if leaves_calls_out(options):
+            follow_step(
+                options, lambda: self._chooser.chosen(model, args[0], args[1], options), KEY
+            )
+        return executor(*args, **kwargs)
 
 
 class _ExpertRows(RowsOfCall):

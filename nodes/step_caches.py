@@ -46,16 +46,29 @@ def follow_rows(options: Mapping[str, Any], weights: Tensor, ranges: Sequence[ob
         _follow(cache, uuid, (own.tolist(), list(ranges)))
 
 
-def follow_step(options: Mapping[str, Any], strengths: Callable[[], object]) -> None:
+def follow_step(
+    options: Mapping[str, Any], strengths: Callable[[], object], whose: Hashable = None
+) -> None:
     """Empties the cache, should the tasks have changed since the last step.
 
     Args:
         options: The step's `transformer_options`.
         strengths: Gives whatever says which tasks run how strongly; asked if there is a cache.
+        whose: Tells several who ask in one step apart.
     """
     cache = options.get(_HOLDER)
     if cache is not None:
-        _follow(cache, None, strengths())
+        _follow(cache, whose, strengths())
+
+
+def has_cache(options: Mapping[str, Any]) -> bool:
+    """Says whether a cache is there."""
+    return _HOLDER in options
+
+
+def leaves_calls_out(options: Mapping[str, Any]) -> bool:
+    """Says whether a cache is there that leaves out calls of the model, not parts of them."""
+    return getattr(options.get(_HOLDER), "name", "") == "LazyCache"
 
 
 def _follow(cache: Any, whose: Hashable, strengths: object) -> None:

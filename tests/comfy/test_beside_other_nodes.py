@@ -235,6 +235,29 @@ class Cached:
     def on(self, model: Any) -> Any:
         return self._node(self.tiny, model)
 
+    def log_snr(self, pack: Any) -> Tensor:
+        """The noise level at which something changes."""
+        sampling = self.model.get_model_object("model_sampling")
+        sigma = torch.tensor(float(sampling.percent_to_sigma(self.percent)))
+        return pack.nodes.noise.log_snr_of(sampling, sigma)
+
+    def router(self, pack: Any) -> Any:
+        """A router that reads the model, and goes by nothing but the noise."""
+        core, base = pack.diffscaler_core, self.model.model
+        name, hollow = core.blocks.block_named(base), pack.nodes.keymap.diffusers_model(base)
+        site = core.systems.router.site_of(base, name, 1, hollow)
+        context, more = self.tiny.prompt(9)[0]
+        null = {"context": context, "pooled": more["pooled_output"]}
+        edge = self.log_snr(pack)
+
+        class ByNoise(core.systems.router.Router):  # type: ignore[misc, name-defined]
+            def forward(self, features: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+                assert features.shape[1] == self.width
+                late = 2 * (alpha / sigma).log() > edge
+                return torch.where(late[:, None], torch.tensor([-9.0, 9]), torch.tensor([9.0, -9]))
+
+        return ByNoise(NAMES, site, 128, 0, null)
+
     @contextmanager
     def calls(self) -> Iterator[list[int]]:
         """Yields a number per call of the first block: EasyCache sits inside the model's call."""
@@ -267,6 +290,14 @@ class Cached:
         return result, calls + more
 
 
+NAMES = ("one", "two")
+
+
+def _subspace(task: Any) -> Any:
+    layers = {n: {p: own[p] for p in ("down", "up")} for n, own in task.layers.items()}
+    return task.replace(layers=layers).with_info(method="lora", parts=["subspace"])
+
+
 def _changes(cached: Cached, change: str, pack: Any) -> list[tuple[Any, Any]]:
     """(MODEL, prompts) with something that changes half way, then of either half without."""
     routes, tiny, model, at = cached.routes, cached.tiny, cached.model, cached.percent
@@ -296,6 +327,16 @@ def _changes(cached: Cached, change: str, pack: Any) -> list[tuple[Any, Any]]:
         late, quarter = routes.schedule(task, f"step\n0: 0.25\n{at}: 1"), None
         quarter = routes.core.scale_task(task, 0.25)
         return [routed(other, late), routed(other, quarter), routed(other, task)]
+    if change == "noise range":
+        parts = [_subspace(tiny.task(model, seed, std=0.05)) for seed in (1, 2)]
+        edge = float(cached.log_snr(pack))
+        both = routes.core.combine_tasks(parts, ranges=[(None, edge), (edge, None)], name="both")
+        return [(tiny.apply(model, task), conds) for task in (both, *parts)]
+    if change == "experts":
+        tasks = [tiny.task(model, i, std=0.05, name=name) for i, name in enumerate(NAMES)]
+        router = cached.router(pack)
+        routed = pack.nodes.expert_routing.route_experts(model, tasks, router)
+        return [(routed, conds), *((tiny.apply(model, task), conds) for task in tasks)]
     assert change == "prompt's range"
     given = routes.route(model, conds[0], task, negative=conds[1])
     set_range = tiny.nodes.ConditioningSetTimestepRange().set_range
@@ -305,7 +346,10 @@ def _changes(cached: Cached, change: str, pack: Any) -> list[tuple[Any, Any]]:
     return [(given[0], mixed), (given[0], conds), (given[0], given[1:])]
 
 
-CHANGES = ["range", "schedule", "control", "one row's schedule", "prompt's range"]
+CHANGES = [
+    *("range", "schedule", "control", "one row's schedule", "prompt's range"),
+    *("noise range", "experts"),
+]
 
 
 @CACHES
@@ -328,11 +372,17 @@ def test_a_cache_forgets(
         cached.model = plain
     else:
         ways = [(cached.on(model), conds) for model, conds in _changes(cached, change, pack)]
+    looks: list[int] = []
+    look = part("nodes.expert_routing").tapped
+    monkeypatch.setattr(
+        part("nodes.expert_routing"), "tapped", lambda *a: (looks.append(1), look(*a))[1]
+    )
     result, calls = cached.run(*ways[0])
     wanted, wanted_calls = cached.halves(*ways[1:])
     assert close(result, wanted, 2e-5)
-    assert calls == wanted_calls
-    assert len(calls) < STEPS  # steps were left out
+    assert len(calls) - len(looks) == len(wanted_calls)
+    assert bool(looks) == (change == "experts")
+    assert len(wanted_calls) < STEPS  # steps were left out
     monkeypatch.setattr(part("nodes.step_caches"), "_empty", lambda cache: None)
     assert not close(cached.run(*ways[0])[0], wanted, 1e-3)  # and it matters
 

@@ -62,7 +62,9 @@ class Experts:
             )  # fmt: skip
         finally:
             handle.remove()
-        own = seen[0] if self.is_unet else seen[0][1]
+        # SD3's blocks give the text first, Flux' the picture
+        first = hasattr(self.model.model.diffusion_model, "double_blocks")
+        own = seen[0] if self.is_unet else seen[0][0 if first else 1]
         return own.float().mean((2, 3)) if self.is_unet else own.float().mean(1)
 
     def balance(self, x: Tensor, sigma: Tensor) -> Tensor:
