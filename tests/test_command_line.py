@@ -197,6 +197,19 @@ def test_json_of_what_is_refused_is_nothing(here: Path) -> None:
     assert result.stdout == ""
 
 
+def test_combine_limits_tasks_to_noise_levels(here: Path) -> None:
+    from diffscaler_core import combine_tasks, load_task
+
+    own = load_task("my_task.safetensors")
+    options = ("--weights", "0.3,1,1", "--ranges", ":0,0:1.5,all", "--name", "rising")
+    assert run("combine", *["my_task.safetensors"] * 3, *options, "-o", "o.safetensors")
+    found = load_task("o.safetensors")
+    wanted = combine_tasks([own] * 3, [0.3, 1, 1], ranges=[(None, 0.0), (0.0, 1.5), None])
+    assert found.info["windows"] == wanted.info["windows"]
+    assert found.info["windows"]["edges"] == [1.5, 0.0]
+    assert found.name == "rising"
+
+
 # --- mistakes -------------------------------------------------------------------------------------
 
 #: Command -> a call that is right, with {source} for a file that is read and {out} for one written.
@@ -306,6 +319,10 @@ def test_an_unknown_base_is_one_line(name: str, base: str, mistakes: Path) -> No
         ("train junk.safetensors", "junk.safetensors"),
         ("combine ink.safetensors -o out.safetensors --weights one", "'one'"),
         ("combine ink.safetensors neon.safetensors -o out.safetensors --weights 1", "1"),
+        ("combine my_task.safetensors -o o.safetensors --ranges 0", "low:high"),
+        ("combine my_task.safetensors -o o.safetensors --ranges 1:0", "lower and a higher"),
+        ("combine my_task.safetensors -o o.safetensors --ranges :0,0:", "1 tasks and 2 ranges"),
+        ("combine ink.safetensors -o o.safetensors --ranges :0", "only hidden units"),
         ("resize ink.safetensors -o out.safetensors", "rank"),
         ("resize ink.safetensors -o out.safetensors --rank -1", "rank"),
         ("resize ink.safetensors -o out.safetensors --energy 7", "energy"),

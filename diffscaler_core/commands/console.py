@@ -112,3 +112,24 @@ def numbers(what: str, text: str | None) -> list[float] | None:
         return [float(part) for part in text.replace(",", " ").split()]
     except ValueError:
         raise DiffScalerError(f"{what} {text!r} are no numbers; write them as 0.7,0.3") from None
+
+
+def spans(what: str, text: str | None) -> list[tuple[float | None, float | None] | None] | None:
+    """Returns the ranges of a text such as ":0,0:,all"; None stays None, "all" becomes None.
+
+    Raises:
+        DiffScalerError: One is no range.
+    """
+    if text is None:
+        return None
+    try:
+        return [None if part == "all" else _span(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise DiffScalerError(
+            f"{what} {text!r} are no ranges; write them as low:high, as in :0,0:,all"
+        ) from None
+
+
+def _span(text: str) -> tuple[float | None, float | None]:
+    low, high = (float(end) if end else None for end in text.split(":"))
+    return low, high

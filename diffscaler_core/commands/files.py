@@ -14,7 +14,7 @@ from ..combine import combine_tasks
 from ..describe_file import describe_file, file_row, file_values
 from ..errors import DiffScalerError, TaskFileError
 from ..files import load_task, save_task
-from .console import AsJson, check_out, facts_of, in_short, numbers, out, say, say_json
+from .console import AsJson, check_out, facts_of, in_short, numbers, out, say, say_json, spans
 
 EXAMPLES = {
     "info": (
@@ -26,6 +26,9 @@ EXAMPLES = {
         "diffscaler combine ink.safetensors neon.safetensors -o both.safetensors",
         "diffscaler combine ink.safetensors neon.safetensors --weights 0.7,0.3 --name mine "
         "-o mine.safetensors",
+        "diffscaler combine my_task.safetensors my_task.safetensors --weights 0.3,1 "
+        "--ranges :0,0: -o rising.safetensors",
+        "With --ranges each acts at some noise levels alone: docs/time_ranges.md.",
     ),
 }
 
@@ -66,13 +69,21 @@ def combine(
     weights: Annotated[
         str | None, typer.Option(help="One strength per file, as in 0.7,0.3; default 1 each.")
     ] = None,
+    ranges: Annotated[
+        str | None,
+        typer.Option(
+            help="Noise levels that each file acts at, low:high in log-SNR, or all: as in :0,0:"
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The new task's name.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make one task of several: exactly what they do together."""
     check_out(to)
     tasks = [load_task(file) for file in files]
-    combined = combine_tasks(tasks, numbers("weights", weights), name)
+    combined = combine_tasks(
+        tasks, numbers("weights", weights), name, ranges=spans("ranges", ranges)
+    )
     save_task(combined, to)
     if as_json:
         say_json(facts_of(combined, to))

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from .formula import close
 from .test_experts import Experts
 from .test_guidance import guided, loss_of, value
 from .test_translate import latent_of, run
@@ -93,7 +92,9 @@ def test_translation_on_a_quantised_base_gives_the_latent_back(
         model = clean(tiny.load(file))
         one, other = (tiny.apply(model, tiny.task(model, i, name=str(i))) for i in (1, 2))
         latent = latent_of(model)
-        back, there = (run(node, one, to, prompt, latent) - latent["samples"] for to in (one, other))
+        back, there = (
+            run(node, one, to, prompt, latent) - latent["samples"] for to in (one, other)
+        )
     assert back.abs().max() < 1e-3
     assert there.abs().max() > 10 * back.abs().max()
 
