@@ -317,7 +317,7 @@ class _OnPipeline:
 
     def __init__(self, pipe: Any) -> None:
         from . import pipelines
-        from .pipeline_models import add_task, models_for, models_of
+        from .plugin.models import add_task, models_for, models_of
 
         self._pipe, self._plugin = pipe, pipelines
         self._add, self._models_for, self._models_of = add_task, models_for, models_of

@@ -22,10 +22,10 @@ from diffusers import DiffusionPipeline
 from .attach import Attachment, Row, Weight, mix_of
 from .errors import DiffScalerError
 from .files import save_task
-from .fuse import fuse_diffscaler, unfuse_diffscaler
 from .hub import FILE_NAME
-from .pipeline_control import diffscaler_control, set_diffscaler_control
-from .pipeline_models import (
+from .plugin.control import diffscaler_control, set_diffscaler_control
+from .plugin.fuse import fuse_diffscaler, unfuse_diffscaler
+from .plugin.models import (
     Source,
     add_task,
     check_names,
@@ -37,9 +37,9 @@ from .pipeline_models import (
     swap_task,
     weight_in,
 )
-from .pipeline_regions import regions_of
-from .pipeline_rows import RowRequest
-from .pipeline_schedule import schedules_of
+from .plugin.regions import regions_of
+from .plugin.rows import RowRequest
+from .plugin.schedule import schedules_of
 
 logger = logging.getLogger(__name__)
 

@@ -39,7 +39,7 @@ schedule) leaves nothing to reuse: the picture is right, but a cache saves no ti
 beside those, keep strengths constant while sampling.
 
 The same holds in Python for `attach` without a pipeline: after a change in the middle of sampling,
-call `forget_steps(model)` of `diffscaler_core.pipeline_caches`.
+call `forget_steps(model)` of `diffscaler_core.plugin.caches`.
 """
 
 

@@ -17,7 +17,7 @@ from diffusers.hooks import apply_faster_cache
 from torch import Tensor
 
 from diffscaler_core import DiffScalerError, attach, new_task
-from diffscaler_core.pipeline_caches import forget_steps
+from diffscaler_core.plugin.caches import forget_steps
 
 STEPS = 8
 
@@ -184,7 +184,7 @@ def test_a_change_half_way_is_computed_in_full(
     for i, output in enumerate(found):
         assert torch.allclose(output, sampling.anew(first + i, rows), atol=1e-5)
 
-    monkeypatch.setattr("diffscaler_core.pipeline_state.forget_steps", lambda model: None)
+    monkeypatch.setattr("diffscaler_core.plugin.state.forget_steps", lambda model: None)
     stale = Sampling(cases["flux"], cache)
     with begin(stale) as kwargs:
         stale.run(**kwargs)
@@ -240,7 +240,7 @@ def test_a_control_that_ends(
     assert sampling.full < len(sampling.calls) - sampling.per_step
     end = len(sampling.calls) // 2
     assert torch.allclose(sampling.calls[end][1], sampling.anew(end, [None] * 2), atol=1e-5)
-    monkeypatch.setattr("diffscaler_core.pipeline_state.forget_steps", lambda model: None)
+    monkeypatch.setattr("diffscaler_core.plugin.state.forget_steps", lambda model: None)
     stale = sampled()
     assert not torch.allclose(stale.calls[end][1], stale.anew(end, [None] * 2), atol=1e-3)
 
@@ -355,5 +355,5 @@ def test_deepcache(cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     full, off = run(change=True)
     assert full == [0, 3, 4, 7]
     assert off < 1e-5
-    monkeypatch.setattr("diffscaler_core.pipeline_state.forget_steps", lambda model: None)
+    monkeypatch.setattr("diffscaler_core.plugin.state.forget_steps", lambda model: None)
     assert run(change=True)[1] > 1e-3

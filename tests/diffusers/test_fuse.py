@@ -137,8 +137,8 @@ def test_sixteen_bit_weights_fuse_to_their_own_precision(sd3_case: Any) -> None:
 
 
 def test_grouped_convolutions_keep_their_subspace_running(make_noisy: Any) -> None:
-    from diffscaler_core.fuse import fuse, plan_fuse, unfuse
-    from diffscaler_core.pipeline_state import ModelState
+    from diffscaler_core.plugin.fuse import fuse, plan_fuse, unfuse
+    from diffscaler_core.plugin.state import ModelState
 
     model = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3, padding=1, groups=2))
     x = torch.randn(2, 4, 5, 5)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffscaler_core import DiffScalerError, MismatchError, UnknownNameError, new_task
 from diffscaler_core import pipelines as plugin
-from diffscaler_core.pipeline_call import Call
+from diffscaler_core.plugin.call import Call
 
 
 def outputs(model: Any, batch: int = 2) -> Tensor:

@@ -146,7 +146,7 @@ def test_another_range_empties_a_cache_of_earlier_steps(sd3_case, monkeypatch):
     pipe.load_diffscaler(timed(sd3_case, pipe.transformer), "timed")
     emptied: list[int] = []
     monkeypatch.setattr(
-        "diffscaler_core.pipeline_state.forget_steps", lambda model: emptied.append(1)
+        "diffscaler_core.plugin.state.forget_steps", lambda model: emptied.append(1)
     )
     calls = calls_of(sd3_case, pipe, num_inference_steps=12)
     levels = torch.tensor([of_flow(time_of(call), 0) for call in calls])

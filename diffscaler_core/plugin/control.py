@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import DiffScalerError
+from ..pictures import as_mask, as_picture
 from .control_request import ControlRequest
-from .errors import DiffScalerError
-from .pictures import as_mask, as_picture
-from .pipeline_models import check_names, check_unfused, states_of
+from .models import check_names, check_unfused, states_of
 
 
 @contextmanager

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .attach import Row, Weight, mix_of
-from .schedule import Factors, scaled
+from ..attach import Row, Weight, mix_of
+from ..schedule import Factors, scaled
 
 if TYPE_CHECKING:
     from .control_request import ControlRequest

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import DiffScalerError
+from ..pictures import Size, as_mask, covered
+from ..token_layout import TokenLayout, layout_of
+from .call import Call, Same, given_by_name, spread
 from .control_request import pixels_per_latent
-from .errors import DiffScalerError
-from .pictures import Size, as_mask, covered
-from .pipeline_call import Call, Same, given_by_name, spread
-from .token_layout import TokenLayout, layout_of
 
 #: One mask (1, 1, H, W) for all prompts, or one per prompt, None for everywhere.
 Mask = Tensor | tuple[Tensor | None, ...]

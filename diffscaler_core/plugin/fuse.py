@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .affiner import PARTS, affiner_from
-from .attach import Weight
-from .errors import DiffScalerError, first_names
-from .folding import TENSORS_OF, alike, fold_into, not_plain, unfoldable, weight_sum, weights_of
-from .pipeline_models import check_names, check_unfused, states_of
-from .pipeline_state import ModelState
-from .targets import resolve
-from .task import TaskAdapter
+from ..affiner import PARTS, affiner_from
+from ..attach import Weight
+from ..errors import DiffScalerError, first_names
+from ..folding import TENSORS_OF, alike, fold_into, not_plain, unfoldable, weight_sum, weights_of
+from ..targets import resolve
+from ..task import TaskAdapter
+from .models import check_names, check_unfused, states_of
+from .state import ModelState
 
 
 def fuse_diffscaler(

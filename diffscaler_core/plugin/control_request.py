@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .affiner import PARTS
-from .attach import Weight
-from .autoencoder import Encode, vae_encode
-from .control import Control
-from .errors import DiffScalerError
-from .pictures import Size, covered, cut_to
-from .pipeline_call import Call, Same, spread, unconditional_rows
-from .tokens import mixed_rows
+from ..affiner import PARTS
+from ..attach import Weight
+from ..autoencoder import Encode, vae_encode
+from ..control import Control
+from ..errors import DiffScalerError
+from ..pictures import Size, covered, cut_to
+from ..tokens import mixed_rows
+from .call import Call, Same, spread, unconditional_rows
 
 #: Where pipelines say how many pixels a latent has along a side.
 _FACTORS = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor")

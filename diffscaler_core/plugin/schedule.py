@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .affiner import PARTS
-from .errors import DiffScalerError
-from .pipeline_call import Call, given_by_name
-from .schedule import Schedule
+from ..affiner import PARTS
+from ..errors import DiffScalerError
+from ..schedule import Schedule
+from .call import Call, given_by_name
 
 
 def percent_of(call: Call, pipe: Any) -> float:

@@ -10,15 +10,15 @@ from typing import Any
 
 from torch import nn
 
-from .affiner import PARTS
-from .attach import Weight
-from .errors import DiffScalerError, MismatchError, UnknownNameError
-from .file_rules import COMPONENTS
-from .files import load_task, task_from_tensors
-from .hotswap import check_hotswap, swap_tensors
-from .hub import find_task_file
-from .pipeline_state import ModelState, bare, state_of
-from .task import TaskAdapter
+from ..affiner import PARTS
+from ..attach import Weight
+from ..errors import DiffScalerError, MismatchError, UnknownNameError
+from ..file_rules import COMPONENTS
+from ..files import load_task, task_from_tensors
+from ..hotswap import check_hotswap, swap_tensors
+from ..hub import find_task_file
+from ..task import TaskAdapter
+from .state import ModelState, bare, state_of
 
 Source = str | Path | Mapping[str, Any] | TaskAdapter
 

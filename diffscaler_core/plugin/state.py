@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .attach import Attachment, Weight, attach, mix_of
-from .errors import DiffScalerError
-from .matching import QKV, has_fused_qkv
-from .pipeline_caches import forget_steps, leaves_rows_out
-from .pipeline_call import Call, spread
-from .pipeline_regions import RegionRequest, layout_for
-from .pipeline_rows import RowRequest, mixes_of, times, with_controls
-from .pipeline_schedule import log_snr_of, percent_of
-from .schedule import Factors, Schedule
-from .targets import resolve
-from .task import TaskAdapter
-from .token_layout import TokenLayout
-from .windows import ranges_of
+from ..attach import Attachment, Weight, attach, mix_of
+from ..errors import DiffScalerError
+from ..matching import QKV, has_fused_qkv
+from ..schedule import Factors, Schedule
+from ..targets import resolve
+from ..task import TaskAdapter
+from ..token_layout import TokenLayout
+from ..windows import ranges_of
+from .caches import forget_steps, leaves_rows_out
+from .call import Call, spread
+from .regions import RegionRequest, layout_for
+from .rows import RowRequest, mixes_of, times, with_controls
+from .schedule import log_snr_of, percent_of
 
 if TYPE_CHECKING:
     from .control_request import ControlRequest

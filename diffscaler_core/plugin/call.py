@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import DiffScalerError, unknown
-from .families import FAMILIES, Family, token_form
-from .tokens import OPEN_ENDED
+from ..errors import DiffScalerError, unknown
+from ..families import FAMILIES, Family, token_form
+from ..tokens import OPEN_ENDED
 
 #: What diffusers' denoisers call their latents.
 _LATENTS = ("hidden_states", "sample", "x")
