@@ -1,6 +1,6 @@
 """Trains the pocket base's task *refine*: a coarse picture becomes a sharp one.
 
-    python scripts/train_refine.py                 writes assets/tasks/refine.safetensors
+    python scripts/train_refine.py     writes assets/tasks/refine.safetensors; goes on if it stopped
 
 Pictures are drawn as for the other control tasks (`pocket/control_pictures.py`), and their coarse
 versions made of them (`training/data/coarse.py`). Every seventh word is kept from the training;
@@ -24,7 +24,7 @@ sys.path.append(str(ROOT / "pocket"))
 
 from control_pictures import CACHE, SEEN, UNSEEN, pictures  # noqa: E402
 
-from diffscaler_core import TaskAdapter, load_task, new_task, save_task  # noqa: E402
+from diffscaler_core import TaskAdapter, load_task, save_task  # noqa: E402
 from diffscaler_core.combine import cast_task  # noqa: E402
 from diffscaler_core.pocket import load_pipeline  # noqa: E402
 from diffscaler_core.thumbnails import encode_thumbnail  # noqa: E402
@@ -38,26 +38,27 @@ from diffscaler_core.training import (  # noqa: E402
     prompts_for,
     train_task,
 )
-from diffscaler_core.training.data.coarse import Coarse  # noqa: E402
+from diffscaler_core.training.data.coarse import KINDS, Coarse  # noqa: E402
 from diffscaler_core.training.preview import grid, sample_controls  # noqa: E402
 
 NAME = "refine"
 SHOWN = ("cat", "sailboat")  # on the thumbnail
 #: A coarse picture says nothing of the text, so the rank goes to the image's stream.
 EXCLUDE = r".*(add_[qkv]_proj|to_add_out|ff_context|norm1_context).*"
-#: What each round makes of its pictures; the last is shown JPEG more often, which is the hardest.
-KINDS = (Coarse().kinds, Coarse().kinds, Coarse().kinds, ("jpeg", "jpeg", "blur", "low_resolution"))
-#: The base's last layer, which the third round adapts too: what the control shows can be drawn as
-#: it is then, past the blocks.
-OUTPUT = r"proj_out|norm_out\.linear"
-#: Each round goes on from the file of the one before. From the second on with more noise, as it is
-#: there that a picture's colours are settled, and ten steps of a sampler are mostly there.
-ROUNDS: tuple[dict[str, Any], ...] = (
-    {"steps": 600, "lr": 6e-3, "lr_scale_shift": 1e-2, "lr_control": 6e-3, "timestep_mean": 0.5},
-    {"steps": 900, "lr": 4e-3, "lr_scale_shift": 6e-3, "lr_control": 4e-3, "timestep_mean": 1.2},
-    {"steps": 900, "lr": 5e-3, "lr_scale_shift": 5e-3, "lr_control": 3e-3, "timestep_mean": 1.0},
-    {"steps": 900, "lr": 5e-3, "lr_scale_shift": 5e-3, "lr_control": 3e-3, "timestep_mean": 1.0},
-)
+#: The base's last layers are adapted too: what the control shows can be drawn as it is then, past
+#: the blocks.
+TARGETS = r"transformer_blocks\..*|proj_out|norm_out\.linear"
+#: JPEG, the hardest, is shown as often as the others together.
+COARSE = Coarse(kinds=("jpeg", "jpeg", "blur", "low_resolution"))
+RANK = 32
+#: Times lie at more noise than usual: it is there that a picture's colours are settled, and ten
+#: steps of a sampler are mostly there.
+SETTINGS: dict[str, Any] = {
+    "steps": 20000, "batch": 8, "lr": 2e-3, "lr_scale_shift": 4e-3, "lr_control": 3e-3,
+    "timestep_mean": 1.0, "drop": 0.1, "save_every": 1000,
+}  # fmt: skip
+#: So many pictures of each word, drawn so many times over.
+PER_WORD, DRAWN = 8, 10
 LICENSE = "Apache-2.0"
 ABOUT = (
     "Coarse pictures (blurred, of low resolution, through heavy JPEG) become sharp. Trained on "
@@ -71,36 +72,28 @@ def main() -> int:
     parser.add_argument("--base", type=Path, default=ROOT / "assets" / "pocket")
     parser.add_argument("--out", type=Path, default=ROOT / "assets" / "tasks")
     parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "pocket")
-    parser.add_argument("--per-word", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--after", type=Path, help="go on from the file of an earlier round")
-    parser.add_argument("--rounds", type=int, default=0, help="so many are done already")
+    parser.add_argument("--drawn", type=int, default=DRAWN)
+    parser.add_argument("--steps", type=int, default=SETTINGS["steps"])
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     denoiser = as_denoiser(load_pipeline(args.base))
     words = load_task(args.base / "diffscaler" / "words.safetensors")
-    task = None if args.after is None else load_task(args.after)
-    for number, settings in enumerate(ROUNDS):
-        if number < args.rounds:
-            continue
-        if number == 2 and task is not None:
-            task = widened(task, denoiser)
-        config = TrainingConfig(
-            name=NAME, control=NAME, rank=4, exclude=EXCLUDE, batch=args.batch, drop=0.3,
-            prompts="stored", seed=number, **settings,
-        )  # fmt: skip
-        start = time.monotonic()
-        data = pairs(denoiser, SEEN, args.per_word, seed=21, make=Coarse(kinds=KINDS[number]))
-        print(f"{len(data)} pairs, {time.monotonic() - start:.0f} s", flush=True)
-        task = train_task(denoiser, data, config, words=words, task=task, on_step=report)
-        print(f"trained, {time.monotonic() - start:.0f} s", flush=True)
-        for names, which in ((SEEN[:8], "seen"), (UNSEEN, "unseen")):
-            look(task, denoiser, words, names, which, args.work)
-        task = finished(task, denoiser, words)
-        path = save_task(task, args.out / f"{NAME}.safetensors")
-        print(f"{path}: {task.num_parameters:,} parameters, {path.stat().st_size:,} bytes")
+    config = TrainingConfig(
+        name=NAME, control=NAME, rank=RANK, targets=TARGETS, exclude=EXCLUDE, prompts="stored",
+        **{**SETTINGS, "steps": args.steps},
+    )  # fmt: skip
+    start = time.monotonic()
+    data = pairs(denoiser, SEEN, PER_WORD, range(21, 21 + args.drawn), COARSE)
+    print(f"{len(data)} pairs, {time.monotonic() - start:.0f} s", flush=True)
+    task = train_task(denoiser, data, config, words=words, folder=args.work / NAME, on_step=report)
+    print(f"trained, {time.monotonic() - start:.0f} s", flush=True)
+    for names, which in ((SEEN[:8], "seen"), (UNSEEN, "unseen")):
+        look(task, denoiser, words, names, which, args.work)
+    task = finished(task, denoiser, words)
+    path = save_task(task, args.out / f"{NAME}.safetensors")
+    print(f"{path}: {task.num_parameters:,} parameters, {path.stat().st_size:,} bytes")
     return 0
 
 
@@ -108,16 +101,16 @@ def pairs(
     denoiser: Denoiser,
     words: Sequence[str],
     per_word: int,
-    seed: int,
-    make: Coarse = Coarse(),  # noqa: B008 (frozen)
+    seeds: Sequence[int],
+    make: Coarse,
 ) -> TrainingData:
     """Pictures and their coarse versions as latents; encoded once and kept."""
-    drawn = pictures(words, per_word, seed)
+    drawn = torch.cat([pictures(words, per_word, seed) for seed in seeds])
     encode = denoiser.encode
     assert encode is not None
     return encode_pictures(
         drawn.__getitem__,
-        [word for word in words for _ in range(per_word)],
+        [word for word in words for _ in range(per_word)] * len(seeds),
         encode,
         control_from=make,
         cache=CACHE,
@@ -125,18 +118,9 @@ def pairs(
     )
 
 
-def widened(task: TaskAdapter, denoiser: Denoiser) -> TaskAdapter:
-    """The task with the base's last layers besides, which change nothing yet."""
-    new = new_task(
-        denoiser.model, rank=4, targets=rf"transformer_blocks\..*|{OUTPUT}", name=NAME,
-        exclude=EXCLUDE, rank_pattern={"proj_out": 32}, control=NAME,
-    )  # fmt: skip
-    return new.replace(layers={**new.layers, **task.layers}, extras=task.extras)
-
-
 def report(now: Progress) -> None:
     """A line now and then."""
-    if now.step % 100 == 0 or now.step == now.steps:
+    if now.step % 500 == 0 or now.step == now.steps:
         print(f"  {now.step}/{now.steps} loss {now.mean_loss:.4f}, {now.rate:.2f}/s", flush=True)
 
 
@@ -149,17 +133,21 @@ def look(
     folder: Path,
 ) -> None:
     """Prints how near coarse and refined pictures are to the true ones; writes them as a sheet."""
-    test = pairs(denoiser, names, 1, seed=22)
-    whole = next(test.whole(len(test)))
-    told = prompts_for(denoiser, test.prompts, "stored", words=words)
-    with denoiser.held(), denoiser.attached({NAME: task}):
-        shown = sample_controls(denoiser, told, whole, seed=5, steps=10, guidance=1)
-    true = pictures(names, 1, seed=22)
-    coarse, refined = torch.stack(shown[0::2]), torch.stack(shown[1::2])
-    near = [float(psnr(each, true).mean()) for each in (coarse, refined)]
-    print(f"  {which} words: coarse {near[0]:.2f} dB, refined {near[1]:.2f} dB", flush=True)
+    true = pictures(names, 1, seed=122)
+    sheet: list[Tensor] = []
+    for kind in KINDS:
+        test = pairs(denoiser, names, 1, [122], Coarse(kinds=(kind,)))
+        whole = next(test.whole(len(test)))
+        told = prompts_for(denoiser, test.prompts, "stored", words=words)
+        with denoiser.held(), denoiser.attached({NAME: task}):
+            shown = sample_controls(denoiser, told, whole, seed=5, steps=10, guidance=1)
+        coarse, refined = torch.stack(shown[0::2]), torch.stack(shown[1::2])
+        near = [float(psnr(each, true).mean()) for each in (coarse, refined)]
+        print(
+            f"  {which} words, {kind}: coarse {near[0]:.2f}, refined {near[1]:.2f} dB", flush=True
+        )
+        sheet += [picture for row in zip(coarse, refined, true, strict=True) for picture in row]
     folder.mkdir(parents=True, exist_ok=True)
-    sheet = [picture for row in zip(coarse, refined, true, strict=True) for picture in row]
     grid(sheet, columns=6).save(folder / f"{NAME}_{which}.png")
 
 
@@ -170,7 +158,7 @@ def psnr(one: Tensor, other: Tensor) -> Tensor:
 
 def finished(task: TaskAdapter, denoiser: Denoiser, words: TaskAdapter) -> TaskAdapter:
     """The task as its file holds it: half precision, facts, thumbnail."""
-    test = pairs(denoiser, SHOWN, 1, seed=22)
+    test = pairs(denoiser, SHOWN, 1, [22], COARSE)
     told = prompts_for(denoiser, test.prompts, "stored", words=words)
     with denoiser.held(), denoiser.attached({NAME: task}):
         shown = sample_controls(denoiser, told, next(test.whole(2)), seed=3, guidance=1)

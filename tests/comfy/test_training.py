@@ -2,6 +2,7 @@
 
 import runpy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -57,6 +58,32 @@ def test_fused_layers_train_as_diffusers_separate_ones(
     assert any("to_q" in layer for layer in tasks[0].layers)
     assert farthest(*tasks) < 1e-4
     assert any(bool(own["up"].any()) for own in tasks[0].layers.values())
+
+
+def looked_at(pixels: Tensor) -> Tensor:
+    """Stands in for a picture encoder: 4 x 4 tokens of a picture."""
+    return torch.nn.functional.adaptive_avg_pool2d(pixels, 4).flatten(2).transpose(1, 2)
+
+
+def test_both_hosts_align_the_same_block_with_an_encoder(
+    both: Any, part: Any, train: ModuleType, words: Any
+) -> None:
+    start = part("diffscaler_core").new_task(both[1].model, rank=2, seed=3)
+    found, told = [], []
+    for denoiser in both:
+        for config in (changed(train, repa="toy", repa_until=1.0), changed(train)):
+            seen: list[Any] = []
+            task = train.train_task(
+                replace(denoiser, decode=lambda x0: x0[:, :3]),
+                pictures(train), config, words=words, task=start, encoder=looked_at,
+                on_step=lambda now, seen=seen: seen.append(now.alignment),
+            )  # fmt: skip
+            found.append(task)
+            told.append(seen)
+    assert farthest(found[0], found[2]) < 1e-4
+    assert farthest(found[0], found[1]) > 1e-4
+    assert told[0] == pytest.approx(told[2], abs=1e-4)
+    assert told[1] == [None] * 3
 
 
 def test_a_new_task_has_the_names_shapes_and_start_that_diffusers_gives_it(
@@ -148,6 +175,22 @@ def test_every_kind_of_model_learns_and_stays_what_it_was(
     assert [name for name in idle if "transformer_blocks.1.attn.add_q_proj" not in name] == []
     assert not comfy.model_management.in_training  # type: ignore[attr-defined]
     assert not any(p.requires_grad for p in model.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["tiny_sd3", "tiny_flux", "tiny_unet"])
+def test_an_encoder_is_followed_on_every_kind_of_model(bench: Bench, clean: Any, name: str) -> None:
+    model = clean(bench.load(name))
+    data, prompts = bench.data(model)
+    seen: list[float] = []
+    bench.train.train_task(
+        bench.denoiser(model),
+        data,
+        changed(bench.train, steps=40, repa="toy", repa_weight=5.0, repa_until=1.0),
+        prompts=prompts,
+        encoder=looked_at,
+        on_step=lambda now: seen.append(now.alignment),
+    )
+    assert seen[-1] > seen[0] + 0.3
 
 
 @pytest.mark.parametrize("name", ["tiny_sd3", "tiny_flux"])
