@@ -30,7 +30,7 @@ from .control_conds import conds_of
 from .keymap import diffusers_model
 from .native_layout import native_layout
 from .noise import unit_scale
-from .patching import Stays, is_compiled, route_tasks, tasks_on
+from .patching import Stays, is_compiled, refuse_compiled, route_tasks, tasks_on
 from .row_conds import ROUTE, Route, RowCond, RowsOfCall, added, together
 from .step_caches import follow_step, has_cache, leaves_calls_out
 
@@ -69,11 +69,7 @@ def route_experts(
         raise DiffScalerError(
             "this model has a router already: connect all experts to one Route DiffScaler Experts"
         )
-    if is_compiled(model.model, {"wrappers": model.wrappers}):
-        raise DiffScalerError(
-            "this model is compiled, and a router cannot read compiled code: take the compile node "
-            "away"
-        )
+    refuse_compiled(model, "a router cannot read compiled code")
     if "context" not in router.null:
         raise DiffScalerError(
             "this router's file holds no empty prompt, which the model is told while it is read: "

@@ -330,6 +330,29 @@ def _given(
     return given
 
 
+def refuse_tasks(model: ModelPatcher, advice: str) -> None:
+    """Refuses a model that runs tasks already, with what to do instead.
+
+    Raises:
+        DiffScalerError: It does.
+    """
+    if tasks_on(model):
+        names = ", ".join(repr(entry.task.name) for entry in tasks_on(model))
+        raise DiffScalerError(f"this model runs tasks already ({names}); {advice}")
+
+
+def refuse_compiled(model: ModelPatcher, why: str) -> None:
+    """Refuses a compiled model.
+
+    Raises:
+        DiffScalerError: It is one.
+    """
+    if is_compiled(model.model, {"wrappers": model.wrappers}):
+        raise DiffScalerError(
+            f"this model is compiled, and {why}; connect the model before the compile node"
+        )
+
+
 def is_compiled(model: Any, options: Mapping[str, Any]) -> bool:
     """Says whether a `BaseModel` runs compiled code, given the options of its call."""
     wrapped = "torch.compile" in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})

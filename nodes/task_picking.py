@@ -21,7 +21,7 @@ from ..diffscaler_core.systems.which_task import ProbeSettings, which_task
 from ..diffscaler_core.training.conditioning import NULL
 from ..diffscaler_core.training.denoiser import Denoiser
 from .conditions import Row, facts_of, prompts_of, rows_of
-from .patching import tasks_on
+from .patching import refuse_tasks
 from .pictures import check_image
 from .training import denoiser_of
 from .training_controls import cut_image
@@ -56,11 +56,7 @@ def picked(
         DiffScalerError: Inputs that cannot be judged, or no task fits and `if_none` is "stop".
         InterruptProcessingException: The user pressed stop.
     """
-    if tasks_on(model):
-        running = ", ".join(repr(entry.task.name) for entry in tasks_on(model))
-        raise DiffScalerError(
-            f"this model runs tasks already ({running}); connect the model from before them"
-        )
+    refuse_tasks(model, "connect the model from before them")
     named = _named(tasks)
     bar = comfy.utils.ProgressBar(1, node_id=node)
 

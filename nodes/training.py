@@ -12,14 +12,14 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from ..diffscaler_core import DiffScalerError, TaskAdapter
+from ..diffscaler_core import TaskAdapter
 from ..diffscaler_core.training.denoiser import Condition, Denoiser, Encode
 from .conditions import arguments_of, encoded, prompts_of
 from .held_model import differentiably, held, load
 from .keymap import component_of, diffusers_model
 from .native_layout import native_layout
 from .noise import noise_of
-from .patching import is_compiled, tasks_on
+from .patching import refuse_compiled, refuse_tasks
 from .pictures import preview_colours
 from .trainable import TrainableTasks
 
@@ -95,17 +95,8 @@ def encode_texts(clip: Any, texts: Sequence[str]) -> dict[str, Tensor]:
 
 
 def _refuse(model: ModelPatcher) -> None:
-    if is_compiled(model.model, {"wrappers": model.wrappers}):
-        raise DiffScalerError(
-            "this model is compiled, and compiled code ignores what is trained; "
-            "connect the model before the compile node"
-        )
-    if tasks_on(model):
-        names = ", ".join(repr(entry.task.name) for entry in tasks_on(model))
-        raise DiffScalerError(
-            f"this model runs tasks already ({names}); connect the model itself, and to go on from "
-            f"a task connect it to 'task'"
-        )
+    refuse_compiled(model, "compiled code ignores what is trained")
+    refuse_tasks(model, "connect the model itself, and to go on from a task connect it to 'task'")
 
 
 def _options(model: ModelPatcher, kept: dict[str, Any]) -> dict[str, Any]:
