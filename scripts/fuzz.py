@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = ("task_file", "info", "lora", "config", "texts", "state", "nodes")
+TARGETS = ("task_file", "info", "lora", "router", "config", "texts", "state", "nodes")
 #: Kinds of failures that are printed, and how much of each.
 _SHOWN, _LETTERS = 20, 400
 

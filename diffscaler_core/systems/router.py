@@ -27,7 +27,14 @@ from torch import Tensor, nn
 
 from ..atomic import write_whole
 from ..blocks import MIDDLE, blocks_of
-from ..errors import MismatchError, TaskFileError, UnknownNameError, first_names, shown
+from ..errors import (
+    MismatchError,
+    TaskFileError,
+    UnknownNameError,
+    first_names,
+    reason_of,
+    shown,
+)
 from ..file_rules import check_finite
 from ..files import safetensors_path
 from ..header import parse_json, read_any_header
@@ -276,14 +283,18 @@ def load_router(path: str | Path) -> Router:
     except FileNotFoundError as error:
         raise TaskFileError(f"no file {str(path)!r} of a router") from error
     except (SafetensorError, ChangedError, OSError) as error:
-        raise TaskFileError(f"{path.name!r} cannot be read: {error}") from error
+        raise TaskFileError(f"{path.name!r} cannot be read: {reason_of(error)}") from error
     check_finite(path.name, tensors)
     null = {name: tensors.pop(f"null.{name}").float() for name in NULL if f"null.{name}" in tensors}
     router = Router(facts.parts, facts.site, facts.width, facts.hidden, null, facts.more)
     router.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     if not bool((router.std > 0).all()):
         raise TaskFileError(f"{path.name!r} divides its features by numbers that are not above 0")
-    return router.eval().requires_grad_(False)
+    router.eval().requires_grad_(False)
+    middle = torch.full((1,), 0.5)
+    if not bool(router(router.mean[None], middle, middle).isfinite().all()):
+        raise TaskFileError(f"{path.name!r} holds numbers so large that its answer is not finite")
+    return router
 
 
 def _facts(file: str, told: Mapping[str, Any]) -> RouterFacts:

@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from diffscaler_core import TaskAdapter, save_task
+from diffscaler_core.windows import expert_windows, planned
 
 from .mutations import File
 
@@ -84,6 +85,17 @@ def rich_task() -> TaskAdapter:
     )
 
 
+def timed_task() -> TaskAdapter:
+    """Returns a task whose hidden units act at some noise levels alone."""
+    own = {
+        layer: {part: tensor for part, tensor in tensors.items() if part in ("down", "up")}
+        for layer, tensors in layers().items()
+    }
+    plan = planned(expert_windows(2), dict.fromkeys(own, 2))
+    plain = task(method="lora", parts=["subspace"], windows=plan.facts)
+    return plain.replace(layers=own)
+
+
 def _file(one: TaskAdapter) -> File:
     with tempfile.TemporaryDirectory() as folder:
         return File(save_task(one, Path(folder) / "t.safetensors").read_bytes(), [CONFIG])
@@ -92,7 +104,7 @@ def _file(one: TaskAdapter) -> File:
 @functools.cache
 def task_files() -> tuple[File, ...]:
     """Returns good task files."""
-    return _file(task()), _file(rich_task())
+    return _file(task()), _file(rich_task()), _file(timed_task())
 
 
 @functools.cache
