@@ -7,7 +7,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from .edge_types import CATEGORY
-from .translation import translated
+from .translation import LEAST, translated
 
 
 class DiffScalerTranslate(io.ComfyNode):
@@ -68,7 +68,7 @@ class DiffScalerTranslate(io.ComfyNode):
                 io.Float.Input(
                     "strength",
                     default=0.8,
-                    min=0.01,
+                    min=LEAST,
                     max=1.0,
                     step=0.01,
                     tooltip="How far back into noise: 1 is all the way; less keeps more.",

@@ -24,6 +24,8 @@ from ..diffscaler_core.systems.translate import CLEAN, Code, Level, Predict, che
 from ..diffscaler_core.training.randomness import generator_for
 from .noise import is_mix
 
+#: The least strength: a schedule of steps/strength steps is made, of which the last are taken.
+LEAST = 0.01
 #: Noise there and back, as the two samplers share it.
 Held = list[Code]
 
@@ -59,6 +61,8 @@ def translated(
         DiffScalerError: The two cannot share noise, or the latent is of no picture.
     """
     check(steps, eta, strength)
+    if strength < LEAST:
+        raise DiffScalerError(f"strength is from {LEAST} to 1, got {strength:g}")
     _check_pair(source, target)
     samples = _samples(target, latent)
     sampler = comfy.samplers.KSampler(
@@ -164,7 +168,18 @@ def _samples(model: ModelPatcher, latent: dict[str, Any]) -> Tensor:
         raise DiffScalerError("a latent of pictures with sound cannot be translated")
     if not bool(torch.count_nonzero(samples)):
         raise DiffScalerError("this latent is empty: connect that of a picture (VAE Encode)")
-    return comfy.sample.fix_empty_latent_channels(model, samples)  # type: ignore[no-any-return]
+    if samples.ndim == 4:  # a model of videos takes a picture for a video of one frame
+        samples = comfy.sample.fix_empty_latent_channels(model, samples)
+    form = model.get_model_object("latent_format")
+    if samples.ndim != 2 + form.latent_dimensions or samples.shape[1] != form.latent_channels:
+        raise DiffScalerError(
+            f"this latent, {tuple(samples.shape)}, is of another model: this one's have "
+            f"{form.latent_channels} channels and {form.latent_dimensions} dimensions"
+        )
+    mask = latent.get("noise_mask")
+    if mask is not None and (mask.ndim < 2 or not mask.numel()):
+        raise DiffScalerError(f"the latent's noise mask is (B, H, W), got {tuple(mask.shape)}")
+    return samples  # type: ignore[no-any-return]
 
 
 def _check_pair(source: ModelPatcher, target: ModelPatcher) -> None:

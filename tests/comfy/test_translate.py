@@ -49,6 +49,15 @@ def test_what_cannot_be_translated_is_told(node: Any, tiny: Any, pack: Any) -> N
     error = pack.diffscaler_core.DiffScalerError
     with pytest.raises(error, match="other latents or another noise"):
         run(node, unet, flow, tiny.prompt(1), latent_of(flow))
+    good = latent_of(flow)["samples"]
+    for samples in (good[0], good[:, :4], good[:, :, None]):
+        with pytest.raises(error, match=r"of another model: .* 16 channels and 2 dimensions"):
+            run(node, flow, flow, tiny.prompt(1), {"samples": samples})
+    for mask in (torch.tensor(1.0), torch.ones(1, 0, 0)):
+        with pytest.raises(error, match="noise mask is"):
+            run(node, flow, flow, tiny.prompt(1), {"samples": good, "noise_mask": mask})
+    with pytest.raises(error, match=r"strength is from 0\.01 to 1, got 1e-09"):
+        run(node, flow, flow, tiny.prompt(1), latent_of(flow), strength=1e-9)
     with pytest.raises(error, match="this latent is empty"):
         run(node, flow, flow, tiny.prompt(1), {"samples": torch.zeros(1, 16, 8, 8)})
 

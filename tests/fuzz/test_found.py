@@ -24,12 +24,14 @@ from diffscaler_core.describe_file import describe_file, file_row, file_values
 from diffscaler_core.files import outline_task
 from diffscaler_core.patterns import compiled
 from diffscaler_core.strengths import parse_block_weights, parse_strengths
+from diffscaler_core.systems.router import Router, Site, load_router, save_router
 from diffscaler_core.training.checkpoints import read_checkpoint, save_checkpoint
 from diffscaler_core.training.config_file import read_config
 from diffscaler_core.training.data.cache import Cache, digest_of
 
 from .good import CONFIG, random, task, task_files
 from .harness import not_printable, what_is_wrong
+from .test_router import BASE, router_files
 
 
 def refused(act, *arguments, match: str, kind=DiffScalerError) -> None:
@@ -98,6 +100,25 @@ def test_shapes_no_tensor_has(shape, tmp_path):
     path.write_bytes(struct.pack("<Q", len(text)) + text.encode() + bytes(4))
     for read in (load_task, outline_task, describe_file, file_values, import_lora):
         refused(read, path, match="malformed|no JSON", kind=TaskFileError)
+
+
+def test_what_safetensors_says_of_a_router_is_cut_short(tmp_path):
+    """Its error quoted 70,000 letters, too."""
+    good = router_files()[0]
+    header = {**good.header}
+    header["last.bias"] = {**header["last.bias"], "data_offsets": "x" * 70_000}
+    path = tmp_path / "r.safetensors"
+    path.write_bytes(good.joined(json.dumps(header)))
+    refused(load_router, path, match="cannot be read", kind=TaskFileError)
+
+
+def test_a_router_whose_answer_overflows(tmp_path):
+    router = Router(("a", "b"), Site(1, 3, 1, BASE), 4)
+    with torch.no_grad():
+        router.last.weight.fill_(3e38)
+        router.last.bias.fill_(3e38)
+    path = save_router(router, tmp_path / "r.safetensors")
+    refused(load_router, path, match="answer is not finite", kind=TaskFileError)
 
 
 def test_what_safetensors_says_is_cut_short(tmp_path):
