@@ -29,7 +29,8 @@ _HOSTS = "tests/comfy/test_patching_hosts.py::"
 COMFYUI = (
     Row(
         "`EasyCache`, `LazyCache`, where tasks change between steps",
-        "range, schedule, one row's schedule, control that ends, prompt with a range",
+        "range, schedule, one row's schedule, control that ends, prompt with a range, "
+        "units that act by noise level, experts that a router chooses",
         "right: emptied at the change",
         (
             _NODES + "test_a_cache_forgets",
