@@ -67,6 +67,10 @@ def _by_file(cards: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {card["file"]: card for card in cards}
 
 
+def _size(count: int) -> str:
+    return f"{count / 1024:.0f} KiB" if count < 2**20 else f"{count / 2**20:.1f} MiB"
+
+
 def test_every_task_has_a_card_with_its_facts_and_picture(found: Any) -> None:
     cards = _by_file(found["all"])
     assert sorted(cards) == sorted([*FILES, HOSTILE, BROKEN])
@@ -74,7 +78,7 @@ def test_every_task_has_a_card_with_its_facts_and_picture(found: Any) -> None:
         task, said = load_task(PATHS[name]), cards[name]["said"]
         assert task.modelspec["title"] in said
         assert task.info["base"]["family"] in said
-        assert f"{PATHS[name].stat().st_size / 1024:.0f} KiB" in said
+        assert _size(PATHS[name].stat().st_size) in said
         assert (cards[name]["width"] > 0) == ("thumbnail" in task.modelspec)
         assert not cards[name]["problem"]
     assert "control: edges" in cards["edges.safetensors"]["said"]
