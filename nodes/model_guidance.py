@@ -21,13 +21,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..diffscaler_core import DiffScalerError
+from ..diffscaler_core.errors import unknown
 from ..diffscaler_core.evaluation.small_net import POCKET, load_small_net
 from ..diffscaler_core.systems.guidance import gradient_at, gradient_through, push
 from ..diffscaler_core.systems.guidance_losses import GuidanceLoss, make_loss, total
 from ..diffscaler_core.training.objective import spread
 from .held_model import differentiably, is_offloaded, normal_tensor
 from .noise import unit_scale
-from .pictures import check_image, preview_colours
+from .pictures import as_masks, check_image, preview_colours
 
 KEY = "diffscaler_guidance"
 _HOOKS = "sampler_post_cfg_function"
@@ -42,9 +43,12 @@ def loss_of(
     """Returns a loss of the core's table, of ComfyUI's IMAGE and MASK.
 
     Raises:
+        UnknownNameError: No such kind.
         DiffScalerError: No picture for a kind that compares with one.
     """
-    where = None if mask is None else mask.reshape(-1, 1, *mask.shape[-2:]).float()
+    if kind not in KINDS:
+        raise unknown("guidance loss", kind, KINDS)
+    where = None if mask is None else as_masks(mask, "the mask of a guidance loss")
     if kind == "colour":
         return make_loss(kind, colour, where=where, weight=weight)
     if image is None:

@@ -32,6 +32,18 @@ def check_image(image: Tensor) -> None:
         raise DiffScalerError(f"an image is (B, H, W, 1, 3 or 4), got {tuple(image.shape)}")
 
 
+def as_masks(mask: Tensor, what: str) -> Tensor:
+    """Returns a MASK, (H, W), (N, H, W) or (N, 1, H, W), as (N, 1, H, W) in float32.
+
+    Raises:
+        DiffScalerError: It is none; `what` says whose.
+    """
+    wrong = mask.ndim not in (2, 3, 4) or (mask.ndim == 4 and mask.shape[1] != 1)
+    if wrong or not mask.numel():
+        raise DiffScalerError(f"{what} must be a mask (N, H, W), got {tuple(mask.shape)}")
+    return mask.detach().float().reshape(-1, 1, *mask.shape[-2:])
+
+
 def as_thumbnail(image: Tensor) -> str:
     """Returns the first picture of an IMAGE as it is stored in a task file.
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..diffscaler_core import DiffScalerError
 from .control_conds import averaged
+from .pictures import as_masks
 
 #: Sizes of one mask that stay ready.
 _KEPT = 4
@@ -23,13 +24,8 @@ class RegionMask:
     """
 
     def __init__(self, name: str, mask: Tensor) -> None:
-        wrong = mask.ndim not in (2, 3, 4) or (mask.ndim == 4 and mask.shape[1] != 1)
-        if wrong or not mask.numel():
-            raise DiffScalerError(
-                f"the region of {name!r} must be a mask (N, H, W), got {tuple(mask.shape)}"
-            )
         self.name = name
-        self._mask = mask.detach().float().clamp(0, 1).reshape(-1, 1, *mask.shape[-2:])
+        self._mask = as_masks(mask, f"the region of {name!r}").clamp(0, 1)
         self._at: dict[tuple[int, int], Tensor] = {}
 
     @property

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import DiffScalerError, unknown
+from ..errors import DiffScalerError, shown, unknown
 
 #: Pictures (B, 3, H, W) in −1..1 -> losses (B,).
 Function = Callable[[Tensor], Tensor]
@@ -190,7 +190,7 @@ def parse_colour(colour: Any) -> Any:
             return [int(digits[i : i + 2], 16) / 127.5 - 1 for i in (0, 2, 4)]
     elif len(colour) == 3:
         return colour
-    raise DiffScalerError(f"a colour is '#rrggbb' or three numbers in -1..1, got {colour!r}")
+    raise DiffScalerError(f"a colour is '#rrggbb' or three numbers in -1..1, got {shown(colour)}")
 
 
 def _mean(values: Tensor, where: Tensor | None) -> Tensor:

@@ -98,3 +98,9 @@ def test_losses_add_up_and_say_what_they_lack(nodes: Any, pack: Any) -> None:
     assert all(float(each.function(same)) < 1e-5 for each in losses[1:])
     with pytest.raises(pack.diffscaler_core.DiffScalerError, match="connect 'image'"):
         loss_of(nodes, "edges")
+    with pytest.raises(pack.diffscaler_core.DiffScalerError, match=r"must be a mask \(N, H, W\)"):
+        loss_of(nodes, mask=torch.ones(1, 0, 0))
+    with pytest.raises(pack.diffscaler_core.DiffScalerError, match="guidance loss") as error:
+        loss_of(nodes, "a\x00b")
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 300
