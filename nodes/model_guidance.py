@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management as management
-import comfy.model_sampling as host
 import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -27,7 +26,7 @@ from ..diffscaler_core.systems.guidance import gradient_at, gradient_through, pu
 from ..diffscaler_core.systems.guidance_losses import GuidanceLoss, make_loss, total
 from ..diffscaler_core.training.objective import spread
 from .held_model import differentiably, is_offloaded, normal_tensor
-from .noise import unit_scale
+from .noise import starts_from_noise, unit_scale
 from .pictures import as_masks, check_image, preview_colours
 
 KEY = "diffscaler_guidance"
@@ -87,7 +86,7 @@ def guide_model(
         DiffScalerError: The model or its VAE is none of pictures.
     """
     sampling = model.get_model_object("model_sampling")
-    if isinstance(sampling, (host.IMG_TO_IMG, host.IMG_TO_IMG_FLOW)):
+    if not starts_from_noise(sampling):
         raise DiffScalerError("a model that makes no pictures from noise cannot be led")
     if getattr(vae, "latent_dim", 2) != 2:
         raise DiffScalerError("guidance looks at pictures; this VAE is one of videos or sound")

@@ -67,6 +67,11 @@ def noise_of(sampling: Any) -> Noise:
     return _diffusion(sampling, kind)
 
 
+def starts_from_noise(sampling: Any) -> bool:
+    """Says whether a model makes its pictures from noise, not from other pictures."""
+    return not isinstance(sampling, (_class("IMG_TO_IMG"), _class("IMG_TO_IMG_FLOW")))
+
+
 def is_mix(sampling: Any) -> bool:
     """Says how samplers hold samples: True (1 − σ)·x0 + σ·ε, False x0 + σ·ε.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import comfy.model_sampling as host
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -22,7 +21,7 @@ from torch import Tensor
 from ..diffscaler_core import DiffScalerError
 from ..diffscaler_core.systems.translate import CLEAN, Code, Level, Predict, check, decode, encode
 from ..diffscaler_core.training.randomness import generator_for
-from .noise import is_mix
+from .noise import is_mix, starts_from_noise
 
 #: The least strength: a schedule of steps/strength steps is made, of which the last are taken.
 LEAST = 0.01
@@ -184,7 +183,7 @@ def _samples(model: ModelPatcher, latent: dict[str, Any]) -> Tensor:
 
 def _check_pair(source: ModelPatcher, target: ModelPatcher) -> None:
     samplings = [model.get_model_object("model_sampling") for model in (source, target)]
-    if any(isinstance(one, (host.IMG_TO_IMG, host.IMG_TO_IMG_FLOW)) for one in samplings):
+    if not all(map(starts_from_noise, samplings)):
         raise DiffScalerError("a model that makes no pictures from noise cannot translate")
     alike = len({is_mix(one) for one in samplings}) == 1
     formats = {type(model.get_model_object("latent_format")) for model in (source, target)}

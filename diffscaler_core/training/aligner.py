@@ -36,6 +36,7 @@ class Aligner:
 
     Attributes:
         block: The name of the block that is looked into.
+        module: That block; the base's own.
         projector: Trained beside the task.
         cosine: Mean cosines since they were asked for last; on the device, not read back.
     """
@@ -47,12 +48,11 @@ class Aligner:
             DiffScalerError: The block gives no tokens of the picture, or the encoder no grid.
         """
         config = learner.config
-        self.config, self.encoder, self.decode = config, encoder, denoiser.decode
-        self.device = denoiser.device
-        if self.decode is None and denoiser.channels != 3:
+        self.config, self.encoder, self.denoiser = config, encoder, denoiser
+        if denoiser.decode is None and denoiser.channels != 3:
             raise DiffScalerError("repa shows pictures to an encoder: this base cannot decode any")
-        self.denoiser = denoiser
         self.block = early_block(denoiser.model, config.repa_block)
+        self.module = blocks_of(denoiser.model)[self.block]
         self.kept: dict[bytes, Tensor] = {}
         drawn = learner.draw(0)
         features = self.features(drawn.x0[:1])
@@ -95,8 +95,9 @@ class Aligner:
         return torch.stack(found)
 
     def _seen(self, x0: Tensor) -> Tensor:
-        x0 = x0.to(self.device)
-        pixels = x0 if self.decode is None else self.decode(x0)
+        x0 = x0.to(self.denoiser.device)
+        decode = self.denoiser.decode
+        pixels = x0 if decode is None else decode(x0)
         tokens = self.encoder(pixels.float().clamp(-1, 1))
         if not isinstance(tokens, Tensor) or tokens.ndim != 3 or len(tokens) != 1:
             what = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
@@ -111,7 +112,7 @@ class Aligner:
     def looking(self) -> Iterator[list[Any]]:
         """Gives a list that holds what the block gave, call by call, while the context lasts."""
         found: list[Any] = []
-        with read_outputs(blocks_of(self.denoiser.model)[self.block], found.append):
+        with read_outputs(self.module, found.append):
             yield found
 
     def hidden(self, found: list[Any], latents: Tensor) -> Tensor:

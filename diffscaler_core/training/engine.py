@@ -234,10 +234,12 @@ class Engine:
     ) -> Tensor:
         """Returns the tasks' alignment losses (see `alignment.py`), weighted, as one sum."""
         total = x_t.new_zeros((), dtype=torch.float32)
+        hidden: tuple[Tensor, ...] = ()
         for i, (learner, drawn, _) in enumerate(group):
             if learner.aligner is None or drawn.features is None:
                 continue
-            own = learner.aligner.hidden(found, x_t).chunk(len(group))[i]
+            hidden = hidden or learner.aligner.hidden(found, x_t).chunk(len(group))
+            own = hidden[i]
             aligned = learner.aligner.loss(own, drawn.features)
             total = total + learner.aligner.weight(self.step) * aligned
         return total

@@ -11,6 +11,14 @@ BY_ROW = "one task per latent"
 TOGETHER = "all tasks together"
 
 
+def router_site(pack: ModuleType, model: Any) -> tuple[str, Any]:
+    """The block of a MODEL that routers read, and where a router's file says that is."""
+    base, core = model.model, pack.diffscaler_core
+    name = core.blocks.block_named(base)
+    hollow = pack.nodes.keymap.diffusers_model(base)
+    return name, core.systems.router.site_of(base, name, 1, hollow)
+
+
 class Routes:
     """The nodes, and samplers for what they give.
 

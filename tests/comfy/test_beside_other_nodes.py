@@ -13,7 +13,7 @@ from .beside import NODES, Beside
 from .beside import cache as cache_node
 from .controls import Controls, image
 from .formula import close, replaced
-from .routes import BY_ROW, Routes
+from .routes import BY_ROW, Routes, router_site
 
 CASES, BY_ROWS = (
     pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in own])
@@ -243,9 +243,7 @@ class Cached:
 
     def router(self, pack: Any) -> Any:
         """A router that reads the model, and goes by nothing but the noise."""
-        core, base = pack.diffscaler_core, self.model.model
-        name, hollow = core.blocks.block_named(base), pack.nodes.keymap.diffusers_model(base)
-        site = core.systems.router.site_of(base, name, 1, hollow)
+        core, (_, site) = pack.diffscaler_core, router_site(pack, self.model)
         context, more = self.tiny.prompt(9)[0]
         null = {"context": context, "pooled": more["pooled_output"]}
         edge = self.log_snr(pack)

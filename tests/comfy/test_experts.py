@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .formula import close
-from .routes import calls_of
+from .routes import calls_of, router_site
 
 NAMES = ("one", "two")
 
@@ -29,10 +29,7 @@ class Experts:
             tiny.task(self.model, 1 + i, std=0.05, name=name) for i, name in enumerate(NAMES)
         ]
         core = pack.diffscaler_core.systems
-        blocks, base = pack.diffscaler_core.blocks, self.model.model
-        name = blocks.block_named(base)
-        hollow = pack.nodes.keymap.diffusers_model(base)
-        site = core.router.site_of(base, name, 1, hollow)
+        name, site = router_site(pack, self.model)
         null = tiny.prompt(9, width)[0]
         self.width = 320 if self.is_unet else 128
         with torch.random.fork_rng():
